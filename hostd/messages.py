@@ -1,0 +1,583 @@
+"""The protocol between the server side and a host, typed once and used by both ends.
+
+In charge of: names and bounds of every verb, request, reply, event and error; encoding and strict parsing of lines and
+frames. Not in charge of: sockets, waiting, what a verb does.
+
+A connection carries one JSON request line and is answered by one JSON line::
+
+    -> {"v": 1, "verb": "state", "box": "dbx_…", "id": "exe_…"}\\n
+    <- {"ok": true, …}\\n            or   {"error": {"code": "unknown_id", "message": "…"}}\\n
+
+Host verbs may follow one another on a kept connection. After a box verb the connection belongs to that box's keeper,
+and further verbs for the same box may follow on it. A request with ``"body": N`` is followed by N raw bytes. A raw
+answer is framed (:func:`frame`): u32 big-endian length and bytes, repeated; a zero length; a JSON trailer line. An
+answer that ends without its trailer was cut and must not be taken for complete.
+
+The protocol only grows: unknown fields of a request or a reply are ignored, known ones are checked strictly.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, Literal, NotRequired, TypedDict, cast
+
+PROTOCOL: Final = 1
+
+# Bounds, in bytes unless the name says otherwise. Both sides refuse what is larger.
+LINE_MAX: Final = 64 * 1024  # a request line, with its newline
+REPLY_MAX: Final = 16 * 1024 * 1024  # a reply or event line; `report` of a full host is the largest
+FRAME_MAX: Final = 1024 * 1024  # one frame of a raw answer
+TRAILER_MAX: Final = 64 * 1024
+READ_MAX: Final = 16 * 1024 * 1024  # one `read`
+SPAWN_BODY_MAX: Final = 4 * 1024 * 1024  # command (1 MiB), environment and input
+STDIN_BODY_MAX: Final = 1024 * 1024
+SHIP_BODY_MAX: Final = 16 * 1024 * 1024
+INLINE_MAX: Final = 64 * 1024  # outputs up to this size together travel inside the exit event
+ACKS_MAX: Final = 500  # pairs in one ack line; keeps the line below LINE_MAX
+IDS_MAX: Final = 500
+
+# Clocks, in seconds.
+HEARTBEAT_SECONDS: Final = 2.0
+IDLE_SECONDS: Final = 10.0  # a fresh connection must send its line within this time
+KEPT_SECONDS: Final = 90.0  # a kept connection may be idle between two lines for this long
+TOMBSTONE_SECONDS: Final = 24 * 3600
+HOLD_MS_MAX: Final = 4000  # the longest time a spawn's reply may be held for an early exit
+
+BOX_EXIT_ID: Final = "box"  # a box_exit event is acknowledged as [box, "box"]
+
+HOST_VERBS: Final = frozenset(
+    {"hello", "report", "prepare_disk", "boot", "destroy", "watch", "set_warm", "ship", "restart"}
+)
+BOX_VERBS: Final = frozenset({"spawn", "state", "kill", "ack", "follow", "read", "stdin", "list"})
+VERBS: Final = HOST_VERBS | BOX_VERBS
+
+ErrorCode = Literal[
+    "stale_fence",  # a newer request for this id was served; extra: fence
+    "unknown_box",
+    "unknown_id",
+    "unknown_image",
+    "unknown_verb",
+    "bad_request",
+    "too_large",
+    "busy",  # a bound on work at once was hit: try again
+    "not_ready",  # the host or the box is still starting: try again
+    "no_space",  # the pool is full
+    "no_slot",  # all box numbers of the host are taken
+    "lost",  # it cannot be proven what became of the request's effect
+    "internal",
+]
+ERROR_CODES: Final[frozenset[str]] = frozenset(ErrorCode.__args__)  # type: ignore[attr-defined]
+RETRYABLE: Final = frozenset({"busy", "not_ready"})
+
+
+class Refused(Exception):
+    """An answer that says no. ``code`` is one of :data:`ERROR_CODES`; ``extra`` holds the code's further fields."""
+
+    def __init__(self, code: str, message: str, **extra: Any) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+        self.extra = extra
+
+
+class ProtocolError(Exception):
+    """The other side sent what the protocol does not allow. The connection cannot be used any further."""
+
+
+# --- what travels ---------------------------------------------------------------------------------------------------
+
+ExecutionState = Literal["running", "exited"]
+BoxState = Literal["disk", "up", "down"]
+ReasonKind = Literal["oom", "killed", "lost", "exec_failed", "killed_before_start"]
+Stream = Literal["stdout", "stderr"]
+
+
+class Reason(TypedDict):
+    """Why an execution ended as it did, when the exit status alone does not tell."""
+
+    kind: ReasonKind
+    detail: NotRequired[str]
+
+
+class HelloReply(TypedDict):
+    protocol: int
+    digest: str  # sha256 of the running bundle; "" when run from a source tree
+    cluster: str
+    host: str
+    install: int
+    boot_id: str
+    monotonic: float  # seconds
+    cpus: int
+    memory_bytes: int
+    memory_free_bytes: int
+    pool_bytes: int
+    pool_free_bytes: int
+    images: list[str]
+    boxes: int
+    warm: int
+    kernel: str
+    cgroup: Literal["v1", "v2"]
+
+
+class ReportedExecution(TypedDict):
+    id: str
+    state: ExecutionState
+
+
+class ReportedBox(TypedDict):
+    box: str
+    slot: str
+    fence: int
+    state: BoxState
+    image: str
+    executions: list[ReportedExecution]
+
+
+class ReportedWarm(TypedDict):
+    slot: str
+    image: str
+
+
+class ReportReply(TypedDict):
+    boxes: list[ReportedBox]
+    warm: list[ReportedWarm]
+    at_ms: int
+
+
+class PrepareDiskReply(TypedDict):
+    slot: str
+    warm: bool
+
+
+class BootReply(TypedDict):
+    slot: str
+    address: str
+    init_pid: int
+    keeper_pid: int
+    booted_at_ms: int
+
+
+class User(TypedDict):
+    name: str
+    uid: int
+    gid: int
+    home: str
+
+
+class SpawnBody(TypedDict):
+    """The JSON body of ``spawn``. Exactly one of ``command`` and ``argv``."""
+
+    command: NotRequired[str]  # run as `bash -lc`
+    argv: NotRequired[list[str]]
+    env: dict[str, str]
+    cwd: str
+    user: User
+    stdin: Literal["none", "pipe"]
+    input: NotRequired[str]  # base64; fed to stdin, then closed
+    login: NotRequired[bool]
+    limits: NotRequired[dict[str, int]]
+
+
+class StateReply(TypedDict):
+    """The answer to ``spawn``, ``state`` and ``kill``. ``stdout`` and ``stderr`` are base64, both or none."""
+
+    id: str
+    state: ExecutionState
+    sizes: list[int]
+    started_at_ms: NotRequired[int]
+    pid: NotRequired[int]
+    exit: NotRequired[int]
+    reason: NotRequired[Reason | None]
+    dropped: NotRequired[list[int]]
+    stdout: NotRequired[str]
+    stderr: NotRequired[str]
+    exited_at_ms: NotRequired[int]
+
+
+class ListReply(TypedDict):
+    executions: list[ReportedExecution]
+
+
+class ReadReply(TypedDict):
+    """Followed by ``body`` raw bytes."""
+
+    size: int
+    offset: int
+    body: int
+
+
+class FollowReply(TypedDict):
+    """Followed by frames, a zero frame and a :class:`FollowTrailer` line."""
+
+    offset: int
+
+
+class FollowTrailer(TypedDict):
+    total: int
+    exit: int | None
+    reason: Reason | None
+    complete: bool
+
+
+class StdinReply(TypedDict):
+    accepted: bool
+
+
+class ExitEvent(TypedDict):
+    """An execution ended. Sent again on every connect until it is acknowledged as ``[box, id]``."""
+
+    event: Literal["exit"]
+    box: str
+    id: str
+    exit: int  # 0..255, -1 when nobody can tell
+    reason: Reason | None
+    sizes: list[int]
+    dropped: list[int]
+    started_at_ms: int
+    exited_at_ms: int
+    stdout: NotRequired[str]  # base64
+    stderr: NotRequired[str]
+
+
+class BoxExitEvent(TypedDict):
+    """A box's init ended although nobody destroyed it. Acknowledged as ``[box, "box"]``."""
+
+    event: Literal["box_exit"]
+    box: str
+    exit: int
+    oom: bool
+    at_ms: int
+
+
+class HeartbeatEvent(TypedDict):
+    event: Literal["heartbeat"]
+    monotonic: float
+
+
+Event = ExitEvent | BoxExitEvent | HeartbeatEvent
+
+# --- checking -------------------------------------------------------------------------------------------------------
+
+_ULID = "[0-9a-hjkmnp-tv-z]{26}"
+_BOX = re.compile(f"dbx_{_ULID}")
+_ID = re.compile(f"[a-z]{{3}}_{_ULID}")
+_IMAGE = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_REQUEST = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+Check = Callable[[Any], bool]
+
+
+def is_box_id(text: object) -> bool:
+    """True for a devbox id, ``dbx_`` and a lower-case ULID."""
+    return isinstance(text, str) and _BOX.fullmatch(text) is not None
+
+
+def is_work_id(text: object) -> bool:
+    """True for the id of something that runs in a box (an execution, launch work)."""
+    return isinstance(text, str) and _ID.fullmatch(text) is not None
+
+
+def is_image_id(text: object) -> bool:
+    return isinstance(text, str) and _IMAGE.fullmatch(text) is not None
+
+
+def is_digest(text: object) -> bool:
+    """True for a lower-case hexadecimal sha256."""
+    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
+
+
+def _matches(pattern: re.Pattern[str]) -> Check:
+    return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _whole(low: int, high: int) -> Check:
+    # bool is an int to Python, not to the protocol.
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _one_of(*allowed: str) -> Check:
+    return lambda value: isinstance(value, str) and value in allowed
+
+
+def _ids(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= IDS_MAX and all(is_work_id(item) for item in value)
+
+
+_fence = _whole(0, 2**62)
+_size = _whole(0, 2**62)
+_stream = _one_of("stdout", "stderr")
+
+# verb -> field -> (check, required)
+_FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
+    "hello": {},
+    "report": {},
+    "prepare_disk": {
+        "box": (is_box_id, True),
+        "fence": (_fence, True),
+        "image": (is_image_id, True),
+        "disk_bytes": (_whole(16 * 1024 * 1024, 2**50), True),
+    },
+    "boot": {
+        "box": (is_box_id, True),
+        "fence": (_fence, True),
+        "cpu_millis": (_whole(10, 1_024_000), True),
+        "memory_bytes": (_whole(16 * 1024 * 1024, 2**50), True),
+        "pids": (_whole(16, 4_000_000), True),
+        "disk_bytes": (_whole(16 * 1024 * 1024, 2**50), True),
+        "hostname": (_matches(_HOSTNAME), True),
+    },
+    "destroy": {"box": (is_box_id, True), "fence": (_fence, True), "keep_disk": (_flag, False)},
+    "watch": {},
+    "set_warm": {"count": (_whole(0, 200), True), "image": (is_image_id, True)},
+    "ship": {"digest": (is_digest, True), "body": (_whole(1, SHIP_BODY_MAX), True)},
+    "restart": {"digest": (is_digest, True)},
+    "spawn": {
+        "box": (is_box_id, True),
+        "id": (is_work_id, True),
+        "fence": (_fence, True),
+        "body": (_whole(2, SPAWN_BODY_MAX), True),
+        "hold_ms": (_whole(0, HOLD_MS_MAX), False),
+    },
+    "state": {"box": (is_box_id, True), "id": (is_work_id, True)},
+    "kill": {
+        "box": (is_box_id, True),
+        "id": (is_work_id, True),
+        "fence": (_fence, True),
+        "signal": (_whole(1, 64), True),
+        "group": (_flag, False),
+    },
+    "ack": {"box": (is_box_id, True), "ids": (_ids, True)},
+    "follow": {
+        "box": (is_box_id, True),
+        "id": (is_work_id, True),
+        "stream": (_stream, True),
+        "offset": (_size, True),
+    },
+    "read": {
+        "box": (is_box_id, True),
+        "id": (is_work_id, True),
+        "stream": (_stream, True),
+        "offset": (_size, True),
+        "limit": (_whole(0, READ_MAX), True),
+        "last_lines": (_whole(0, 2**31), False),
+    },
+    "stdin": {
+        "box": (is_box_id, True),
+        "id": (is_work_id, True),
+        "request": (_matches(_REQUEST), True),
+        "eof": (_flag, False),
+        "body": (_whole(0, STDIN_BODY_MAX), True),
+    },
+    "list": {"box": (is_box_id, True)},
+}
+
+
+def encode(message: Mapping[str, Any]) -> bytes:
+    """One line of compact JSON, newline included."""
+    return json.dumps(message, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n"
+
+
+def request(verb: str, **fields: Any) -> bytes:
+    """A request line. Raises ValueError when the verb is unknown, a field is missing or out of bounds, or the line is
+    longer than :data:`LINE_MAX`: a caller's mistake never travels."""
+    message = {"v": PROTOCOL, "verb": verb, **{name: value for name, value in fields.items() if value is not None}}
+    try:
+        check_request(message)
+    except Refused as refused:
+        raise ValueError(refused.message) from None
+    line = encode(message)
+    if len(line) > LINE_MAX:
+        raise ValueError(f"a request line of {len(line)} bytes is over the limit of {LINE_MAX}")
+    return line
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """The JSON object of one line. Raises :class:`ProtocolError` for anything else."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("the line is not JSON") from error
+    if not isinstance(message, dict):
+        raise ProtocolError("the line is not a JSON object")
+    return message
+
+
+def check_request(message: Mapping[str, Any]) -> None:
+    """Raise :class:`Refused` (unknown_verb, bad_request, too_large) unless every known field is right."""
+    if message.get("v") != PROTOCOL:
+        raise Refused("bad_request", f"this host speaks protocol {PROTOCOL}")
+    verb = message.get("verb")
+    fields = _FIELDS.get(verb) if isinstance(verb, str) else None
+    if fields is None:
+        raise Refused("unknown_verb", "no such verb")
+    for name, (check, required) in fields.items():
+        if name not in message:
+            if required:
+                raise Refused("bad_request", f"{verb}: {name} is missing")
+        elif not check(message[name]):
+            if name == "body" and isinstance(message[name], int) and message[name] > 0:
+                raise Refused("too_large", f"{verb}: the body is over its limit")
+            raise Refused("bad_request", f"{verb}: {name} is not allowed to be that")
+
+
+def parse_request(line: bytes) -> dict[str, Any]:
+    """A checked request. Raises :class:`Refused`, which the serving side answers with."""
+    try:
+        message = parse_object(line)
+    except ProtocolError as error:
+        raise Refused("bad_request", str(error)) from None
+    check_request(message)
+    return message
+
+
+def ok(**fields: Any) -> bytes:
+    """A reply line that says yes."""
+    return encode({"ok": True, **fields})
+
+
+def error(code: str, message: str, **extra: Any) -> bytes:
+    """A reply line that says no."""
+    if code not in ERROR_CODES:
+        code = "internal"
+    return encode({"error": {"code": code, "message": message[:1000], **extra}})
+
+
+def refusal(refused: Refused) -> bytes:
+    return error(refused.code, refused.message, **refused.extra)
+
+
+def parse_reply(line: bytes) -> dict[str, Any]:
+    """The fields of a reply. Raises :class:`Refused` when it says no, :class:`ProtocolError` when it is neither."""
+    message = parse_object(line)
+    if message.get("ok") is True:
+        return message
+    problem = message.get("error")
+    if isinstance(problem, dict) and isinstance(problem.get("code"), str):
+        extra = {name: value for name, value in problem.items() if name not in ("code", "message")}
+        raise Refused(problem["code"], str(problem.get("message", "")), **extra)
+    raise ProtocolError("the reply is neither ok nor an error")
+
+
+def parse_event(line: bytes) -> Event:
+    """One line of a watch. Raises :class:`ProtocolError`; events of unknown kinds are returned as they are."""
+    message = parse_object(line)
+    kind = message.get("event")
+    if not isinstance(kind, str):
+        raise ProtocolError("the line is not an event")
+    if kind == "exit" and not (
+        is_box_id(message.get("box"))
+        and is_work_id(message.get("id"))
+        and _whole(-1, 255)(message.get("exit"))
+        and _two_sizes(message.get("sizes"))
+    ):
+        raise ProtocolError("an exit event has a wrong field")
+    if kind == "box_exit" and not is_box_id(message.get("box")):
+        raise ProtocolError("a box_exit event has a wrong field")
+    return cast(Event, message)
+
+
+def _two_sizes(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_size(item) for item in value)
+
+
+def acks(pairs: Iterable[tuple[str, str]]) -> list[bytes]:
+    """Ack lines for ``(box, id)`` pairs, each within the bounds."""
+    found = list(pairs)
+    return [
+        encode({"ack": [list(pair) for pair in found[at : at + ACKS_MAX]]}) for at in range(0, len(found), ACKS_MAX)
+    ]
+
+
+def parse_acks(line: bytes) -> list[tuple[str, str]]:
+    """The pairs of one ack line. Raises :class:`ProtocolError`."""
+    pairs = parse_object(line).get("ack")
+    if not isinstance(pairs, list) or len(pairs) > ACKS_MAX:
+        raise ProtocolError("an ack is a list of pairs")
+    found: list[tuple[str, str]] = []
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and is_box_id(pair[0])):
+            raise ProtocolError("an ack is a pair of a box and an id")
+        if not (pair[1] == BOX_EXIT_ID or is_work_id(pair[1])):
+            raise ProtocolError("an ack is a pair of a box and an id")
+        found.append((pair[0], pair[1]))
+    return found
+
+
+# --- framing --------------------------------------------------------------------------------------------------------
+
+_LENGTH = struct.Struct("!I")
+FRAME_HEADER_BYTES: Final = _LENGTH.size
+FRAMES_END: Final = _LENGTH.pack(0)
+
+
+def frame_header(length: int) -> bytes:
+    """The four bytes before ``length`` bytes. Raises ValueError outside 1..FRAME_MAX (zero is the end mark)."""
+    if not 0 < length <= FRAME_MAX:
+        raise ValueError(f"a frame has 1..{FRAME_MAX} bytes, not {length}")
+    return _LENGTH.pack(length)
+
+
+def frame(data: bytes) -> bytes:
+    return frame_header(len(data)) + data
+
+
+class FrameParser:
+    """Takes a raw answer apart as it arrives, in pieces of any size, and holds back no bytes of a frame.
+
+    Feed it what follows the reply line. ``trailer`` is set once everything arrived; ``rest`` then holds what came
+    after it. Whoever sees the connection end with ``trailer`` still None was cut off.
+    """
+
+    def __init__(self) -> None:
+        self.trailer: dict[str, Any] | None = None
+        self.rest = b""
+        self._held = b""
+        self._left = 0  # bytes still to come of the current frame
+        self._ended = False  # the zero frame was seen
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The payload pieces in ``data``. Raises :class:`ProtocolError`."""
+        if self.trailer is not None:
+            self.rest += data
+            return []
+        pieces: list[bytes] = []
+        if self._held:
+            data = self._held + data
+            self._held = b""
+        at = 0
+        while at < len(data) and not self._ended:
+            if self._left:
+                piece = data[at : at + self._left]
+                pieces.append(piece)
+                at += len(piece)
+                self._left -= len(piece)
+                continue
+            if len(data) - at < FRAME_HEADER_BYTES:
+                break
+            (self._left,) = _LENGTH.unpack_from(data, at)
+            at += FRAME_HEADER_BYTES
+            if self._left == 0:
+                self._ended = True
+            elif self._left > FRAME_MAX:
+                raise ProtocolError(f"a frame of {self._left} bytes is over the limit of {FRAME_MAX}")
+        self._held = data[at:]
+        if self._ended:
+            self._finish()
+        return pieces
+
+    def _finish(self) -> None:
+        line, newline, rest = self._held.partition(b"\n")
+        if newline:
+            self.trailer = parse_object(line)
+            self._held, self.rest = b"", rest
+        elif len(line) > TRAILER_MAX:
+            raise ProtocolError(f"a trailer is over the limit of {TRAILER_MAX} bytes")
