@@ -128,12 +128,15 @@ class ReportedExecution(TypedDict):
 
 
 class ReportedBox(TypedDict):
+    """One box of a report. ``executions`` is None when its keeper could not be asked just now: that says nothing about
+    them, and must never be taken for their absence."""
+
     box: str
     slot: str
     fence: int
     state: BoxState
     image: str
-    executions: list[ReportedExecution]
+    executions: list[ReportedExecution] | None
 
 
 class ReportedWarm(TypedDict):
