@@ -1,0 +1,136 @@
+"""Where a devbox may run: guarded reservations on the hosts' rows, and who comes first.
+
+In charge of the arithmetic of promises: `reserve` is one UPDATE that hits the row or does not, so two workers can
+never promise the same megabyte. Reads no host and makes no box.
+
+A reservation holds when, on that one row,
+  1. the host is ready, not cordoned and was heard within SILENT_AFTER;
+  2. what is promised stays within capacity times overcommit, of the disk only 90 %;
+  3. the host's real free memory and real free pool are above the shares that are kept free;
+  4. the box alone is not larger than the machine's memory and pool.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from django.db import connection
+
+from hosts.policy import policy
+
+
+class Cursor(Protocol):
+    """What is used of a database cursor."""
+
+    rowcount: int
+
+    def execute(self, sql: str, params: Any = None) -> Any: ...
+    def fetchone(self) -> Any: ...
+    def fetchall(self) -> list[Any]: ...
+
+
+_ROOM = """
+    state = 'ready' AND NOT cordoned
+    AND seen_at > clock_timestamp() - make_interval(secs => %(silent_after)s)
+    AND used_cpu_millis + %(cpu)s <= cpu_millis * coalesce(overcommit_cpu, %(over_cpu)s)
+    AND used_memory_mb + %(memory)s <= memory_mb * coalesce(overcommit_memory, %(over_memory)s)
+    AND used_disk_mb + %(disk)s <= disk_mb * (1 - %(pool_kept)s) * coalesce(overcommit_disk, %(over_disk)s)
+    AND coalesce(memory_free_mb, memory_mb) >= memory_mb * %(memory_kept)s
+    AND coalesce(pool_free_mb, disk_mb) >= disk_mb * %(pool_kept)s
+"""
+
+# One box against a whole machine. A core is shared in time, so more cores than the machine has are granted within
+# the overcommit; memory and disk that do not exist are not.
+_HOLDS = """
+    %(cpu)s <= cpu_millis * coalesce(overcommit_cpu, %(over_cpu)s)
+    AND %(memory)s <= memory_mb
+    AND %(disk)s <= disk_mb * (1 - %(pool_kept)s)
+"""
+
+_RESERVE = f"""
+    UPDATE hosts_host
+       SET used_cpu_millis = used_cpu_millis + %(cpu)s, used_memory_mb = used_memory_mb + %(memory)s,
+           used_disk_mb = used_disk_mb + %(disk)s
+     WHERE id = %(id)s AND {_ROOM} AND {_HOLDS}
+"""
+
+_RELEASE = """
+    UPDATE hosts_host
+       SET used_cpu_millis = greatest(0, used_cpu_millis - %(cpu)s),
+           used_memory_mb = greatest(0, used_memory_mb - %(memory)s),
+           used_disk_mb = greatest(0, used_disk_mb - %(disk)s)
+     WHERE id = %(id)s
+"""
+
+# The host whose scarcest resource would be the least promised comes first, so boxes spread.
+_CHOOSE = f"""
+    SELECT id FROM hosts_host
+     WHERE {_ROOM} AND {_HOLDS}
+       AND (%(architecture)s::text IS NULL OR architecture = %(architecture)s)
+       AND (%(image)s::text IS NULL OR image_id = %(image)s)
+     ORDER BY greatest(
+               (used_cpu_millis + %(cpu)s) / nullif(cpu_millis * coalesce(overcommit_cpu, %(over_cpu)s), 0),
+               (used_memory_mb + %(memory)s) / nullif(memory_mb * coalesce(overcommit_memory, %(over_memory)s), 0),
+               (used_disk_mb + %(disk)s) / nullif(disk_mb * coalesce(overcommit_disk, %(over_disk)s), 0)
+           ), id
+     LIMIT %(limit)s
+"""
+
+_FITS_ANY = f"""
+    SELECT EXISTS (
+        SELECT FROM hosts_host
+         WHERE state IN ('ready', 'enrolling', 'retiring') AND {_HOLDS}
+           AND (%(architecture)s::text IS NULL OR architecture = %(architecture)s)
+    )
+"""
+
+
+def _params(cpu_millis: int, memory_mb: int, disk_mb: int, **more: object) -> dict[str, object]:
+    rules = policy()
+    return {
+        "cpu": cpu_millis,
+        "memory": memory_mb,
+        "disk": disk_mb,
+        "silent_after": rules.silent_after,
+        "over_cpu": rules.overcommit_cpu,
+        "over_memory": rules.overcommit_memory,
+        "over_disk": rules.overcommit_disk,
+        "pool_kept": rules.pool_kept_free,
+        "memory_kept": rules.memory_kept_free,
+        **more,
+    }
+
+
+def reserve(cursor: Cursor, host_id: str, cpu_millis: int, memory_mb: int, disk_mb: int) -> bool:
+    """Promise the resources on that host, in the caller's transaction. False: there is no room (any more)."""
+    cursor.execute(_RESERVE, _params(cpu_millis, memory_mb, disk_mb, id=host_id))
+    return cursor.rowcount == 1
+
+
+def release(cursor: Cursor, host_id: str, cpu_millis: int, memory_mb: int, disk_mb: int) -> None:
+    """Take a promise back, in the transaction that guards against taking it back twice."""
+    cursor.execute(_RELEASE, {"id": host_id, "cpu": cpu_millis, "memory": memory_mb, "disk": disk_mb})
+
+
+def choose(
+    cpu_millis: int,
+    memory_mb: int,
+    disk_mb: int,
+    architecture: str | None = None,
+    image: str | None = None,
+    *,
+    limit: int = 8,
+) -> list[str]:
+    """Ids of hosts with room now, best first, at most `limit`. Only `reserve` makes it a promise."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            _CHOOSE, _params(cpu_millis, memory_mb, disk_mb, architecture=architecture, image=image, limit=limit)
+        )
+        return [row[0] for row in cursor.fetchall()]
+
+
+def fits_any(cpu_millis: int, memory_mb: int, disk_mb: int, architecture: str | None = None) -> bool:
+    """Whether some enrolled host could hold such a box if it were empty, heard and open for placements."""
+    with connection.cursor() as cursor:
+        cursor.execute(_FITS_ANY, _params(cpu_millis, memory_mb, disk_mb, architecture=architecture))
+        return bool(cursor.fetchone()[0])

@@ -1,0 +1,137 @@
+"""What upper apps bring to the hosts app, found by id prefix.
+
+In charge of the seam between `hosts`, which hears hosts, and the apps whose rows live on them. Each app registers
+one `HostedKind` from its `apps.py`; nothing here imports them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExitEvent:
+    """One end of a command as a host reported it. Sizes in bytes, times in milliseconds since the epoch."""
+
+    host_id: str
+    box: str
+    id: str
+    exit: int
+    """0..255; 128+N after signal N; -1 when nothing can be proven (reason kind `lost`)."""
+    reason: dict[str, Any] | None
+    out_size: int
+    err_size: int
+    out_dropped: int
+    err_dropped: int
+    stdout: bytes | None
+    """Both streams whole when together they are <= 64 KiB, else None."""
+    stderr: bytes | None
+    started_at_ms: int | None
+    exited_at_ms: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BoxExitEvent:
+    """The end of a box that nobody asked for: its PID 1 died, memory ran out, or its host came back without it."""
+
+    host_id: str
+    box: str
+    exit: int | None
+    oom: bool
+    at_ms: int | None
+    lost: str | None = None
+    """Why it is gone when no host reported its exit (host rebooted, silent for too long); None: reported."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExpectedBox:
+    """What a row says should be on a host now. Only rows placed on that host are expected."""
+
+    box: str
+    up: bool
+    """The row says its processes run; False: it may be between steps, suspended or on its way down."""
+    fence: int
+    settled: bool = True
+    """No step is in flight; a correction may be made from a single report."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExpectedExecution:
+    """An execution whose row says that it runs on a host: its spawn has been acknowledged and no exit came."""
+
+    id: str
+    box: str
+    fence: int
+
+
+def _no_exits(events: Sequence[ExitEvent]) -> list[str]:
+    return []
+
+
+def _no_box_exits(events: Sequence[BoxExitEvent]) -> list[str]:
+    return []
+
+
+def _nothing_expected(host_id: str) -> Sequence[ExpectedBox | ExpectedExecution]:
+    return ()
+
+
+def _ready(devbox_id: str) -> bool:
+    return True
+
+
+def _ignore(devbox_id: str, reason: str) -> None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HostedKind:
+    """What the owner of an id prefix does when something happens to its ids on a host.
+
+    Every function writes by guarded UPDATEs, commits before it returns and may be called twice with the same things.
+    """
+
+    on_exits: Callable[[list[ExitEvent]], list[str]] = _no_exits
+    """Complete these; returns the ids to acknowledge to the host (unknown and already completed ones too).
+
+    Executions that are surely lost come the same way: exit -1, reason `{"kind": "lost", "detail": …}`."""
+    on_box_exits: Callable[[list[BoxExitEvent]], list[str]] = _no_box_exits
+    """Returns the box ids to acknowledge."""
+    expected_on_host: Callable[[str], Sequence[ExpectedBox | ExpectedExecution]] = _nothing_expected
+    before_destroy: Callable[[str], bool] = _ready
+    """(devbox id): True when nothing of the devbox on its host is needed any more."""
+    after_destroy: Callable[[str, str], None] = _ignore
+    """(devbox id, reason): the box is gone; close what still hangs on it."""
+
+
+_kinds: dict[str, HostedKind] = {}
+
+
+def register(prefix: str, kind: HostedKind) -> None:
+    """Say who answers for ids that start with `<prefix>_`. Called once per app from `AppConfig.ready`."""
+    if prefix in _kinds and _kinds[prefix] != kind:
+        raise ValueError(f"the prefix {prefix!r} is registered already")
+    _kinds[prefix] = kind
+
+
+def kind_of(some_id: str) -> HostedKind | None:
+    """The kind an id belongs to, by what stands before its first `_`; None when nobody registered it."""
+    return _kinds.get(some_id.partition("_")[0])
+
+
+def kinds() -> dict[str, HostedKind]:
+    """All registered kinds by prefix, in the order of registration."""
+    return dict(_kinds)
+
+
+def before_destroy(devbox_id: str) -> bool:
+    """True when every registered kind is done with the devbox's box on its host."""
+    return all(kind.before_destroy(devbox_id) for kind in _kinds.values())
+
+
+def after_destroy(devbox_id: str, reason: str) -> None:
+    """Tell every registered kind that the devbox's box is gone."""
+    for kind in _kinds.values():
+        kind.after_destroy(devbox_id, reason)

@@ -1,0 +1,554 @@
+"""An in-memory VM host with the methods of `HostClient`: boxes, executions, fences, exits, scripted failures.
+
+In charge of behaving like hostd for tests of flows: every verb may be sent twice, older fences are refused,
+tombstones outlive what they bury. Commands never end by themselves unless scripted: `finish` ends one, `script`
+says beforehand how a command ends.
+
+    fake = FakeHost("hst_…")
+    use_fake(fake.host_id, fake)              # client_for / async_client_for now answer with it
+    fake.fail("boot", times=1)                # unreachable, nothing done
+    fake.fail("boot", after=True)             # done, the answer lost
+    fake.fail("prepare_disk", HostRefused("no_space", "the pool is full"))
+    fake.script("true", exit=0, stdout=b"")   # this command ends at once
+    fake.finish("exe_…", exit=3, stderr=b"no")
+    fake.deliver()                            # what the watcher does with the exits: owners, then acknowledge
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import collections
+import dataclasses
+import functools
+import inspect
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from hostd import messages
+from hosts.client import ReadResult
+from hosts.delivery import deliver
+from hosts.errors import HostRefused, HostUnreachable, StaleFence
+
+
+@dataclasses.dataclass
+class Execution:
+    """A command in a fake box."""
+
+    id: str
+    fence: int
+    body: dict[str, Any]
+    state: str = "running"
+    exit: int | None = None
+    reason: dict[str, Any] | None = None
+    stdout: bytes = b""
+    stderr: bytes = b""
+    dropped: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
+    stdin: bytes = b""
+    stdin_eof: bool = False
+    requests: set[str] = dataclasses.field(default_factory=set)
+    started_at_ms: int = 0
+    exited_at_ms: int | None = None
+    acked: bool = False
+
+
+@dataclasses.dataclass
+class Box:
+    """A fake box. `state`: disk, up or down."""
+
+    box: str
+    slot: str
+    fence: int
+    image: str
+    disk_bytes: int
+    state: str = "disk"
+    limits: dict[str, Any] = dataclasses.field(default_factory=dict)
+    executions: dict[str, Execution] = dataclasses.field(default_factory=dict)
+    booted_at_ms: int = 0
+
+
+@dataclasses.dataclass
+class _Failure:
+    error: BaseException
+    times: int
+    after: bool
+    when: Callable[..., bool] | None
+
+
+def _verb(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Record the call, apply scripted failures before or after the effect, one call at a time."""
+    name = function.__name__
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(self: FakeHost, /, **kwargs: Any) -> Any:
+        signature.bind(self, **kwargs)
+        with self.lock:
+            self.calls.append((name, dict(kwargs)))
+            if self.unreachable:
+                raise HostUnreachable(self.host_id, "scripted: nothing answers")
+            failure = self._failure(name, kwargs)
+            if failure is not None and not failure.after:
+                raise failure.error
+            answer = function(self, **kwargs)
+            if failure is not None:
+                raise failure.error
+        hook = self.hooks.get(name)
+        if hook is not None:
+            hook(**kwargs)
+        return answer
+
+    return call
+
+
+class FakeHost:
+    """See the module's docstring. Thread-safe; no method sleeps."""
+
+    def __init__(self, host_id: str, *, image: str = "base", slots: int = 1000) -> None:
+        self.host_id = host_id
+        self.image = image
+        self.slots = slots
+        self.lock = threading.RLock()
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.unreachable = False
+        self.hooks: dict[str, Callable[..., None]] = {}
+        """verb -> called with the same arguments after the effect, outside of the lock: to race with a step."""
+        self.boxes: dict[str, Box] = {}
+        self.fences: dict[str, int] = {}
+        self.tombstones: set[str] = set()
+        self.kept_disks: set[str] = set()
+        self.unacked: dict[tuple[str, str], dict[str, Any]] = collections.OrderedDict()
+        self.shipped: dict[str, bytes] = {}
+        self.digest = "0" * 64
+        self.boot_id = "boot-1"
+        self.warm = 0
+        self._failures: dict[str, list[_Failure]] = collections.defaultdict(list)
+        self._scripts: dict[str, dict[str, Any]] = {}
+        self._buried: dict[str, set[str]] = collections.defaultdict(set)
+        self._slot = 0
+
+    # --- scripting ---
+
+    def fail(
+        self,
+        verb: str,
+        error: BaseException | None = None,
+        *,
+        times: int = 1,
+        after: bool = False,
+        when: Callable[..., bool] | None = None,
+    ) -> None:
+        """Let the next `times` calls of `verb` (that `when(**arguments)` accepts) raise; `after`: once it is done."""
+        what = error or HostUnreachable(self.host_id, f"scripted failure of {verb}")
+        self._failures[verb].append(_Failure(what, times, after, when))
+
+    def script(
+        self,
+        command: str,
+        *,
+        exit: int = 0,
+        stdout: bytes = b"",
+        stderr: bytes = b"",
+        reason: Mapping[str, Any] | None = None,
+    ) -> None:
+        """How a command (the whole text, or `*` for any) ends, at once when it is spawned."""
+        self._scripts[command] = {"exit": exit, "stdout": stdout, "stderr": stderr, "reason": reason}
+
+    def finish(
+        self,
+        id: str,
+        *,
+        exit: int = 0,
+        stdout: bytes = b"",
+        stderr: bytes = b"",
+        reason: Mapping[str, Any] | None = None,
+    ) -> None:
+        """End a running command with this output; its exit waits for `deliver`."""
+        with self.lock:
+            box, execution = self._find(id)
+            execution.stdout += stdout
+            execution.stderr += stderr
+            self._end(box, execution, exit, reason)
+
+    def box_exit(self, box: str, *, exit: int = 137, oom: bool = False) -> None:
+        """PID 1 of the box dies: its commands end as killed, the box is down."""
+        with self.lock:
+            found = self.boxes[box]
+            found.state = "down"
+            kind = "oom" if oom else "killed"
+            for execution in found.executions.values():
+                if execution.state == "running":
+                    self._end(found, execution, 137, {"kind": kind, "detail": "its box ended"})
+            self.unacked[box, messages.BOX_EXIT_ID] = {
+                "event": "box_exit",
+                "box": box,
+                "exit": exit,
+                "oom": oom,
+                "at_ms": _now_ms(),
+            }
+
+    def reboot(self) -> None:
+        """The machine restarts: boxes are disks again, commands and unacknowledged exits of them are gone."""
+        with self.lock:
+            self.boot_id = f"boot-{int(self.boot_id.split('-')[1]) + 1}"
+            for box in self.boxes.values():
+                box.state = "down"
+                box.executions.clear()
+
+    def deliver(self) -> list[tuple[str, str]]:
+        """What the watcher does: hand unacknowledged events to their owners, acknowledge what they took."""
+        with self.lock:
+            events = list(self.unacked.values())
+        acks = deliver(self.host_id, events)
+        with self.lock:
+            for pair in acks:
+                self._acknowledge(*pair)
+        return acks
+
+    def called(self, verb: str) -> list[dict[str, Any]]:
+        """The arguments of every call of that verb so far."""
+        return [arguments for name, arguments in self.calls if name == verb]
+
+    @property
+    def asynchronous(self) -> AsyncFakeHost:
+        """The same host for the event loop."""
+        return AsyncFakeHost(self)
+
+    # --- the host's verbs ---
+
+    @_verb
+    def hello(self) -> dict[str, Any]:
+        return {
+            "protocol": messages.PROTOCOL,
+            "digest": self.digest,
+            "cluster": "00000000-0000-0000-0000-000000000000",
+            "host": self.host_id,
+            "install": 0,
+            "boot_id": self.boot_id,
+            "monotonic": time.monotonic(),
+            "cpus": 64,
+            "memory_bytes": 256 << 30,
+            "memory_free_bytes": 200 << 30,
+            "pool_bytes": 1 << 40,
+            "pool_free_bytes": 1 << 40,
+            "images": [self.image],
+            "boxes": len(self.boxes),
+            "warm": self.warm,
+            "kernel": "6.12",
+            "cgroup": "v2",
+        }
+
+    @_verb
+    def report(self) -> dict[str, Any]:
+        return {
+            "boxes": [
+                {
+                    "box": box.box,
+                    "slot": box.slot,
+                    "fence": self.fences.get(box.box, 0),
+                    "state": box.state,
+                    "image": box.image,
+                    "executions": [{"id": e.id, "state": e.state} for e in box.executions.values() if not e.acked],
+                }
+                for box in self.boxes.values()
+            ],
+            "warm": [],
+            "at_ms": _now_ms(),
+        }
+
+    @_verb
+    def prepare_disk(self, *, box: str, fence: int, image: str, disk_bytes: int) -> dict[str, Any]:
+        self._fence(box, fence)
+        if image != self.image:
+            raise HostRefused("unknown_image", f"no image {image}", host_id=self.host_id)
+        found = self.boxes.get(box)
+        if found is None:
+            if len(self.boxes) >= self.slots:
+                raise HostRefused("no_slot", "all slots are taken", host_id=self.host_id)
+            self._slot += 1
+            found = self.boxes[box] = Box(box, f"s{self._slot:04d}", fence, image, disk_bytes)
+            self.tombstones.discard(box)
+        return {"slot": found.slot, "warm": False}
+
+    @_verb
+    def boot(
+        self, *, box: str, fence: int, cpu_millis: int, memory_bytes: int, pids: int, disk_bytes: int, hostname: str
+    ) -> dict[str, Any]:
+        self._fence(box, fence)
+        found = self._box(box)
+        found.limits = {
+            "cpu_millis": cpu_millis,
+            "memory_bytes": memory_bytes,
+            "pids": pids,
+            "disk_bytes": disk_bytes,
+            "hostname": hostname,
+        }
+        if found.state != "up":
+            found.state = "up"
+            found.booted_at_ms = _now_ms()
+        number = int(found.slot[1:])
+        return {
+            "slot": found.slot,
+            "address": f"10.213.{number // 256}.{number % 256}",
+            "init_pid": 100_000 + number,
+            "keeper_pid": 200_000 + number,
+            "booted_at_ms": found.booted_at_ms,
+        }
+
+    @_verb
+    def destroy(self, *, box: str, fence: int, keep_disk: bool = False) -> None:
+        self._fence(box, fence)
+        found = self.boxes.pop(box, None)
+        self.tombstones.add(box)
+        if found is not None and keep_disk:
+            self.kept_disks.add(box)
+        for key in [key for key in self.unacked if key[0] == box]:
+            del self.unacked[key]
+
+    @_verb
+    def set_warm(self, *, count: int, image: str) -> None:
+        self.warm = count
+
+    @_verb
+    def ship(self, *, digest: str, body: bytes) -> None:
+        self.shipped[digest] = body
+
+    @_verb
+    def restart(self, *, digest: str) -> None:
+        if digest not in self.shipped:
+            raise HostRefused("bad_request", "that bundle was not shipped", host_id=self.host_id)
+        self.digest = digest
+
+    # --- a box's verbs ---
+
+    @_verb
+    def spawn(
+        self, *, box: str, id: str, fence: int, body: Mapping[str, Any], hold_ms: int | None = None
+    ) -> dict[str, Any]:
+        found = self._up(box)
+        execution = found.executions.get(id)
+        if execution is None:
+            self._fence(id, fence)
+            execution = found.executions[id] = Execution(id, fence, dict(body), started_at_ms=_now_ms())
+            if id in self._buried[box]:
+                self._end(found, execution, 137, {"kind": "killed_before_start"})
+            else:
+                ending = self._scripts.get(str(body.get("command")), self._scripts.get("*"))
+                if ending is not None:
+                    execution.stdout, execution.stderr = ending["stdout"], ending["stderr"]
+                    self._end(found, execution, ending["exit"], ending["reason"])
+        return self._state(execution)
+
+    @_verb
+    def state(self, *, box: str, id: str) -> dict[str, Any]:
+        return self._state(self._execution(box, id))
+
+    @_verb
+    def kill(self, *, box: str, id: str, fence: int, signal: int, group: bool = True) -> dict[str, Any]:
+        found = self._up(box)
+        self._fence(id, fence)
+        execution = found.executions.get(id)
+        if execution is None:
+            self._buried[box].add(id)
+            execution = found.executions[id] = Execution(id, fence, {}, started_at_ms=_now_ms())
+            self._end(found, execution, 137, {"kind": "killed_before_start"})
+        elif execution.state == "running" and signal in (9, 15, 2):
+            self._end(found, execution, 128 + signal, {"kind": "killed"})
+        return self._state(execution)
+
+    @_verb
+    def ack(self, *, box: str, ids: Sequence[str]) -> None:
+        for one in ids:
+            self._acknowledge(box, one)
+
+    @_verb
+    def read(
+        self, *, box: str, id: str, stream: str, offset: int, limit: int, last_lines: int | None = None
+    ) -> ReadResult:
+        whole = getattr(self._execution(box, id), stream)
+        data = whole[offset : offset + limit]
+        if last_lines is not None:
+            tail = whole[max(0, len(whole) - limit) :]
+            lines = tail.splitlines(keepends=True)
+            data = b"".join(lines[-last_lines:]) if last_lines else b""
+            offset = len(whole) - len(data)
+        return ReadResult(len(whole), offset, data)
+
+    @_verb
+    def follow(self, *, box: str, id: str, stream: str, offset: int = 0) -> FakeFollowing:
+        return FakeFollowing(self, self._execution(box, id), stream, offset)
+
+    @_verb
+    def stdin(self, *, box: str, id: str, request: str, eof: bool = False, body: bytes = b"") -> dict[str, Any]:
+        execution = self._execution(box, id)
+        if request in execution.requests:
+            return {"accepted": True}
+        if execution.state == "exited" or execution.stdin_eof or execution.body.get("stdin") != "pipe":
+            return {"accepted": False}
+        execution.requests.add(request)
+        execution.stdin += body
+        execution.stdin_eof = execution.stdin_eof or eof
+        return {"accepted": True}
+
+    @_verb
+    def list(self, *, box: str) -> dict[str, Any]:
+        return {"executions": [{"id": e.id, "state": e.state} for e in self._up(box).executions.values()]}
+
+    # --- inside ---
+
+    def _failure(self, verb: str, arguments: dict[str, Any]) -> _Failure | None:
+        for failure in self._failures[verb]:
+            if failure.times > 0 and (failure.when is None or failure.when(**arguments)):
+                failure.times -= 1
+                return failure
+        return None
+
+    def _fence(self, id: str, fence: int) -> None:
+        known = self.fences.get(id, 0)
+        if fence < known:
+            raise StaleFence(f"{id}: fence {fence} is older than {known}", {"fence": known}, host_id=self.host_id)
+        self.fences[id] = fence
+
+    def _box(self, box: str) -> Box:
+        found = self.boxes.get(box)
+        if found is None:
+            raise HostRefused("unknown_box", f"no box {box}", host_id=self.host_id)
+        return found
+
+    def _up(self, box: str) -> Box:
+        found = self._box(box)
+        if found.state != "up":
+            raise HostRefused("not_ready", f"{box} is {found.state}", host_id=self.host_id)
+        return found
+
+    def _execution(self, box: str, id: str) -> Execution:
+        found = self._box(box).executions.get(id)
+        if found is None:
+            raise HostRefused("unknown_id", f"no {id} in {box}", host_id=self.host_id)
+        return found
+
+    def _find(self, id: str) -> tuple[Box, Execution]:
+        for box in self.boxes.values():
+            if id in box.executions:
+                return box, box.executions[id]
+        known = [execution for box in self.boxes.values() for execution in box.executions]
+        raise AssertionError(f"nothing was spawned as {id}; known: {known}")
+
+    def _end(self, box: Box, execution: Execution, exit: int, reason: Mapping[str, Any] | None) -> None:
+        execution.state = "exited"
+        execution.exit = exit
+        execution.reason = dict(reason) if reason else None
+        execution.exited_at_ms = _now_ms()
+        event = {"event": "exit", "box": box.box, "dropped": execution.dropped, **self._state(execution)}
+        event.pop("state")
+        self.unacked[box.box, execution.id] = event
+
+    def _state(self, execution: Execution) -> dict[str, Any]:
+        answer: dict[str, Any] = {
+            "id": execution.id,
+            "state": execution.state,
+            "sizes": [len(execution.stdout), len(execution.stderr)],
+            "started_at_ms": execution.started_at_ms,
+        }
+        if execution.state == "running":
+            return answer | {"pid": 4242}
+        answer |= {"exit": execution.exit, "reason": execution.reason, "exited_at_ms": execution.exited_at_ms}
+        if sum(answer["sizes"]) <= messages.INLINE_MAX:
+            answer["stdout"] = base64.b64encode(execution.stdout).decode()
+            answer["stderr"] = base64.b64encode(execution.stderr).decode()
+        return answer
+
+    def _acknowledge(self, box: str, id: str) -> None:
+        self.unacked.pop((box, id), None)
+        found = self.boxes.get(box)
+        if found is not None and id in found.executions:
+            found.executions[id].acked = True
+
+
+class FakeFollowing:
+    """A followed stream: what is there, then more as it comes, until the command has ended. For threads and loops."""
+
+    def __init__(self, host: FakeHost, execution: Execution, stream: str, offset: int) -> None:
+        self.host = host
+        self.execution = execution
+        self.stream = stream
+        self.offset = offset
+        self.trailer: dict[str, Any] | None = None
+        self.closed = False
+
+    def _piece(self) -> bytes | None:
+        if self.host.unreachable or self.closed:
+            raise HostUnreachable(self.host.host_id, "the stream was cut")
+        ended = self.execution.state == "exited"
+        data: bytes = getattr(self.execution, self.stream)[self.offset :]
+        if data:
+            self.offset += len(data)
+            return data
+        if ended:
+            self.trailer = {
+                "total": self.offset,
+                "exit": self.execution.exit,
+                "reason": self.execution.reason,
+                "complete": True,
+            }
+            return None
+        return b""
+
+    def __iter__(self) -> Iterator[bytes]:
+        while (piece := self._piece()) is not None:
+            if piece:
+                yield piece
+            else:
+                time.sleep(0.005)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while (piece := self._piece()) is not None:
+            if piece:
+                yield piece
+            else:
+                await asyncio.sleep(0.005)
+
+    def close(self) -> None:
+        self.closed = True
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+    def __enter__(self) -> FakeFollowing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> FakeFollowing:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncFakeHost:
+    """The loop's view of a `FakeHost`: the same verbs, awaited; `follow` answers at once with its stream."""
+
+    def __init__(self, host: FakeHost) -> None:
+        self.host = host
+        self.host_id = host.host_id
+
+    def follow(self, **arguments: Any) -> FakeFollowing:
+        return self.host.follow(**arguments)  # type: ignore[no-any-return]
+
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        if verb not in messages.VERBS:
+            raise AttributeError(verb)
+        function = getattr(self.host, verb)
+
+        async def call(**arguments: Any) -> Any:
+            return function(**arguments)
+
+        return call
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
