@@ -1,0 +1,91 @@
+"""Endpoints of accounts: who am I, and making a key."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+from drf_spectacular.utils import extend_schema
+from rest_framework import serializers
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from accounts.access import access_account
+from accounts.services import NAME_MAX, create_key
+from api.errors import BadRequest
+from api.permissions import caller_of
+from api.validation import INT64_MAX, StrictSerializer, TextField, WholeField
+
+
+class BillingView(serializers.Serializer[Any]):
+    account_billing_type = serializers.CharField()
+
+
+class AccountView(serializers.Serializer[Any]):
+    id = serializers.CharField()
+    name = serializers.CharField()
+    created_at = serializers.CharField(help_text="ISO 8601, UTC.")
+    account_status = serializers.ChoiceField(choices=["ACCOUNT_STATUS_ENABLED", "ACCOUNT_STATUS_DISABLED"])
+    tier = serializers.CharField()
+    billing = BillingView()
+
+
+class Me(APIView):
+    @extend_schema(operation_id="getMyAccount", tags=["accounts"], summary="The account this key belongs to.", responses=AccountView)
+    def get(self, request: Request) -> Response:
+        account = access_account(caller_of(request))
+        return Response(
+            {
+                "id": account.pk,
+                "name": account.name,
+                "created_at": account.created_at.astimezone(datetime.UTC).isoformat().replace("+00:00", "Z"),
+                "account_status": f"ACCOUNT_STATUS_{account.status.upper()}",
+                "tier": "ACCOUNT_TIER_PRO",
+                "billing": {"account_billing_type": "ACCOUNT_BILLING_TYPE_UNSPECIFIED"},
+            }
+        )
+
+
+class ApiKeyCreateParameters(StrictSerializer):
+    name = TextField(required=False, allow_null=True, max_length=NAME_MAX)
+    expires_at_ms = WholeField(required=False, allow_null=True, min_value=0, max_value=INT64_MAX)
+
+
+class ApiKeyCreatedView(serializers.Serializer[Any]):
+    id = serializers.CharField()
+    name = serializers.CharField()
+    key_secret = serializers.CharField(help_text="Shown in this answer only.")
+    expires_at_ms = serializers.IntegerField(allow_null=True)
+
+
+class ApiKeys(APIView):
+    @extend_schema(
+        operation_id="createAPIKey",
+        tags=["apikeys"],
+        summary="Make an API key for this account.",
+        request=ApiKeyCreateParameters,
+        responses=ApiKeyCreatedView,
+    )
+    def post(self, request: Request) -> Response:
+        caller = caller_of(request)
+        asked = ApiKeyCreateParameters(data=request.data)
+        asked.is_valid(raise_exception=True)
+        name = asked.validated_data.get("name") or ""
+        expires_at_ms = asked.validated_data.get("expires_at_ms")
+        key, secret = create_key(
+            caller.account_id, name, member=caller.member_id, expires_at=_moment(expires_at_ms)
+        )
+        return Response({"id": key.pk, "name": key.name, "key_secret": secret, "expires_at_ms": expires_at_ms})
+
+
+def _moment(milliseconds: int | None) -> datetime.datetime | None:
+    if milliseconds is None:
+        return None
+    try:
+        moment = datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC)
+    except (ValueError, OverflowError, OSError):
+        raise BadRequest("expires_at_ms: not a moment in Unix milliseconds") from None
+    if moment <= datetime.datetime.now(datetime.UTC):
+        raise BadRequest("expires_at_ms: that moment has passed")
+    return moment

@@ -1,0 +1,172 @@
+"""Long-polls: waiting for a row to change without holding a thread.
+
+One Redis subscription per process feeds a hub of waiters by id. A hint is only a hint: every waiter reads the row
+itself, after it has registered, so no change is missed. While Redis is away waiters re-read every 2 s; when the
+subscription is back all of them read once. With it, a slow re-read remains as a safety net.
+
+The channel carries ids separated by commas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
+
+import redis.asyncio
+from django.conf import settings
+
+from api.bodies import ClientGone
+from api.threads import in_database
+
+log = logging.getLogger("api.waiting")
+
+T = TypeVar("T")
+
+REREAD_WITHOUT_REDIS = 2.0
+REREAD_WITH_REDIS = 15.0
+
+
+class Watch:
+    """One waiter's ear for one id."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def notify(self) -> None:
+        self._event.set()
+
+    async def wait(self, timeout: float) -> bool:
+        """Wait up to ``timeout`` seconds for a hint that came since the last call; whether one did."""
+        if timeout > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._event.wait()
+        heard = self._event.is_set()
+        self._event.clear()
+        return heard
+
+
+class Hub:
+    """The waiters of this process and the one subscription that wakes them. Belongs to the running event loop."""
+
+    def __init__(self) -> None:
+        self._watches: dict[str, set[Watch]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.connected = False
+
+    def start(self) -> None:
+        """Subscribe, unless that has been done on this loop. The task is kept: a collected one would wake nobody."""
+        loop = asyncio.get_running_loop()
+        if self._task is None or self._task.done() or self._loop is not loop:
+            self._loop = loop
+            self.connected = False
+            self._task = loop.create_task(self._listen(), name="hints")
+
+    async def stop(self) -> None:
+        """Unsubscribe and wake everybody, for the last time."""
+        if self._task is not None and self._loop is asyncio.get_running_loop():
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._task = None
+        self.wake_all()
+
+    async def _listen(self) -> None:
+        delay = 0.1
+        while True:
+            client = redis.asyncio.Redis.from_url(
+                settings.REDIS_URL,
+                socket_connect_timeout=2,
+                socket_timeout=5,
+                socket_keepalive=True,
+                health_check_interval=5,
+            )
+            try:
+                async with client.pubsub(ignore_subscribe_messages=False) as subscription:
+                    await subscription.subscribe(settings.BERTH.HINTS_CHANNEL)
+                    while True:
+                        # A frozen server is noticed by the health check's ping, which get_message sends.
+                        message = await subscription.get_message(timeout=2.0)
+                        if message is None:
+                            continue
+                        if message["type"] == "subscribe":
+                            self.connected, delay = True, 0.1
+                            self.wake_all()
+                        elif message["type"] == "message":
+                            for name in message["data"].decode("utf-8", "replace").split(","):
+                                self.wake(name)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                if self.connected or delay == 0.1:
+                    log.warning("no hints from Redis, re-reading every %g s instead: %s", REREAD_WITHOUT_REDIS, error)
+            finally:
+                self.connected = False
+                with contextlib.suppress(Exception):
+                    await client.aclose()
+            self.wake_all()  # whoever sleeps for the long interval must change to the short one
+            await asyncio.sleep(delay * random.uniform(0.8, 1.2))  # noqa: S311
+            delay = min(delay * 2, 2.0)
+
+    def wake(self, name: str) -> None:
+        for watch in self._watches.get(name, ()):
+            watch.notify()
+
+    def wake_all(self) -> None:
+        for watches in self._watches.values():
+            for watch in watches:
+                watch.notify()
+
+    @contextlib.asynccontextmanager
+    async def watch(self, *names: str) -> AsyncIterator[Watch]:
+        """Be registered for hints about these ids; read the rows only inside."""
+        self.start()
+        watch = Watch()
+        for name in names:
+            self._watches.setdefault(name, set()).add(watch)
+        try:
+            yield watch
+        finally:
+            for name in names:
+                watches = self._watches.get(name)
+                if watches is not None:
+                    watches.discard(watch)
+                    if not watches:
+                        del self._watches[name]
+
+    def reread_after(self) -> float:
+        """How many seconds to sleep before reading without a hint; jittered."""
+        interval = REREAD_WITH_REDIS if self.connected else REREAD_WITHOUT_REDIS
+        return interval * random.uniform(0.85, 1.0)  # noqa: S311
+
+    async def wait_until(
+        self,
+        name: str,
+        read: Callable[[], T],
+        done: Callable[[T], bool],
+        deadline: float,
+        gone: asyncio.Future[None] | None = None,
+    ) -> T:
+        """Read, in a database thread, until ``done`` says so or ``deadline`` (the loop's time) has passed; the last value.
+
+        The caller tells the two apart by asking ``done`` again. Raises ClientGone once ``gone`` is done, and whatever
+        ``read`` raises. The row is read at least once, and once more at the deadline.
+        """
+        loop = asyncio.get_running_loop()
+        async with self.watch(name) as changed:
+            while True:
+                value = await in_database(read)
+                left = deadline - loop.time()
+                if done(value) or left <= 0:
+                    return value
+                if gone is not None and gone.done():
+                    raise ClientGone
+                await changed.wait(min(left, self.reread_after()))
+
+
+hub = Hub()

@@ -1,0 +1,61 @@
+"""The ASGI root: a small dispatcher, run by Granian on one port for HTTP/1.1, HTTP/2 and WebSocket.
+
+WebSockets go to Channels, the async routes stay on the event loop, everything else goes to Django in a bounded pool of
+threads. The table of async routes comes first, so a DRF view on the same URL serves the schema only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import config  # noqa: F401  (settles the name ``pty``)
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+
+import django
+
+django.setup(set_prefix=False)
+
+from django.urls import get_resolver
+
+from api.asynchronous import Routes, going_down, serve
+from api.bodies import Receive, Scope, Send
+from api.waiting import hub
+from config import websockets
+from config.routes import async_routes
+from config.wsgi_bridge import Bridge
+
+log = logging.getLogger("config.asgi")
+
+bridge = Bridge()
+routes = Routes(async_routes())
+_websocket = websockets.application()
+_ = get_resolver().url_patterns  # imported now, not by the first request
+
+
+async def application(scope: Scope, receive: Receive, send: Send) -> None:
+    kind = scope["type"]
+    if kind == "http":
+        found = routes.find(scope["method"], scope["path"])
+        if found is not None:
+            await serve(*found, scope, receive, send)
+        else:
+            await bridge(scope, receive, send)
+    elif kind == "websocket":
+        await _websocket(scope, receive, send)
+    elif kind == "lifespan":
+        await _lifespan(receive, send)
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        if message["type"] == "lifespan.startup":
+            hub.start()
+            await send({"type": "lifespan.startup.complete"})
+        elif message["type"] == "lifespan.shutdown":
+            going_down.begin()
+            await hub.stop()
+            await send({"type": "lifespan.shutdown.complete"})
+            return

@@ -1,0 +1,1 @@
+"""Disks kept in S3."""

@@ -1,0 +1,1 @@
+"""Celery tasks of snapshots: none yet. Their queue is ``snapshots``."""
