@@ -8,13 +8,12 @@ there) nor of removing packages: ``make uninstall`` lists what was installed her
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from config.state import State
+from config.state import State, process_environment
 from config.supervisor import Progress, StepFailed
 
 #: package -> what it is for.
@@ -31,6 +30,7 @@ VM_HOST = {
     "nftables": "the boxes' firewall",
     "mmdebstrap": "building the base image",
     "golang-github-containers-common": "the seccomp profile that ours is derived from",
+    "catatonit": "the first process in a box",
     "zstd": "packing images and snapshots",
     "iproute2": "looking at the boxes' network",
 }
@@ -71,7 +71,7 @@ def ensure(state: State, say: Progress) -> None:
             try:
                 done = subprocess.run(
                     command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=900, check=False,
-                    env=os.environ | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"},
+                    env=process_environment() | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"},
                 )  # fmt: skip
             except subprocess.TimeoutExpired:
                 raise StepFailed("packages", f"{' '.join(command[:2])} was not done within 900 s", log) from None

@@ -41,6 +41,15 @@ class StateError(RuntimeError):
     """The folder cannot be used; the message says why and what to do."""
 
 
+def process_environment() -> dict[str, str]:
+    """The variables that this process was started with, empty ones left out.
+
+    For the commands that make and find an installation, which run before there are settings; everything else reads
+    ``config.env``.
+    """
+    return {name: value for name, value in os.environ.items() if value}
+
+
 @dataclass(frozen=True)
 class Owner:
     """An operating-system user that processes and files can be given to."""
@@ -71,7 +80,7 @@ class State:
 
     @classmethod
     def from_environment(cls) -> State:
-        return cls(Path(os.environ.get("BERTH_STATE") or DEFAULT_STATE))
+        return cls(Path(process_environment().get("BERTH_STATE", DEFAULT_STATE)))
 
     # -- paths ---------------------------------------------------------------------------------------------------------
 
@@ -171,7 +180,8 @@ class State:
     def write_private(self, path: Path, text: str) -> None:
         """Write a secret for the person who runs the installation: mode 0600, owned by whoever called sudo, else by
         root."""
-        uid, gid = int(os.environ.get("SUDO_UID", os.getuid())), int(os.environ.get("SUDO_GID", os.getgid()))
+        given = process_environment()
+        uid, gid = int(given.get("SUDO_UID", os.getuid())), int(given.get("SUDO_GID", os.getgid()))
         self._write(path, text, 0o600, uid=uid, gid=gid)
 
     @staticmethod

@@ -94,7 +94,18 @@ class Progress:
             sys.stdout.flush()
 
 
-def _child_setup(parent: int, dies_with: signal.Signals) -> Callable[[], None]:
+def _launch(
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path,
+    user: Owner | None,
+    stdout: int,
+    stderr: int,
+    dies_with: signal.Signals,
+) -> subprocess.Popen[bytes]:
+    """Start a child that gets ``dies_with`` when this process goes, with its open-file limit as high as it may be."""
+    parent = os.getpid()
+
     def setup() -> None:
         # Runs between fork and exec, after the user was changed (changing the user clears the death signal).
         _LIBC.prctl(_PR_SET_PDEATHSIG, int(dies_with), 0, 0, 0)
@@ -103,7 +114,19 @@ def _child_setup(parent: int, dies_with: signal.Signals) -> Callable[[], None]:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
-    return setup
+    return subprocess.Popen(
+        list(argv),
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        cwd=cwd,
+        env=dict(env),
+        user=user.uid if user else None,
+        group=user.gid if user else None,
+        extra_groups=[] if user else None,
+        start_new_session=True,  # a Ctrl-C on the terminal is for the supervisor, which stops them in order
+        preexec_fn=setup,
+    )
 
 
 class Supervisor:
@@ -154,25 +177,28 @@ class Supervisor:
         path = self.log_of(service.name)
         with open(path, "ab", buffering=0) as log:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} starting {service.name}\n".encode())
-            identity = {"user": service.user.uid, "group": service.user.gid, "extra_groups": []} if service.user else {}
             try:
-                process = subprocess.Popen(
-                    list(service.argv),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd=service.cwd,
-                    env=dict(service.env),
-                    start_new_session=True,  # a Ctrl-C on the terminal is for the supervisor, which stops them in order
-                    preexec_fn=_child_setup(os.getpid(), service.stop_signal),
-                    **identity,  # type: ignore[arg-type]
+                process = _launch(
+                    service.argv,
+                    service.env,
+                    service.cwd,
+                    service.user,
+                    log.fileno(),
+                    log.fileno(),
+                    service.stop_signal,
                 )
             except (OSError, subprocess.SubprocessError) as error:
                 raise StepFailed(service.name, f"could not be started: {error}", path) from error
         return _Running(service, process, time.monotonic())
 
     def run_step(
-        self, name: str, argv: Sequence[str], env: Mapping[str, str], within: float, user: Owner | None = None
+        self,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        within: float,
+        user: Owner | None = None,
+        cwd: Path = Path("/"),
     ) -> list[str]:
         """Run a command that ends; its standard output comes back as lines, shown as progress when they begin with
         ``# ``.
@@ -181,14 +207,10 @@ class Supervisor:
         seconds, or when a service that it may need has ended meanwhile.
         """
         log_path = self.log_of(name)
-        identity = {"user": user.uid, "group": user.gid, "extra_groups": []} if user else {}
         lines: list[str] = []
         with open(log_path, "ab", buffering=0) as log:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {name}\n".encode())
-            process = subprocess.Popen(
-                list(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, env=dict(env), cwd="/",
-                start_new_session=True, preexec_fn=_child_setup(os.getpid(), signal.SIGTERM), **identity,  # type: ignore[arg-type]
-            )  # fmt: skip
+            process = _launch(argv, env, cwd, user, subprocess.PIPE, log.fileno(), signal.SIGTERM)
             try:
                 for line in _lines_until(process, time.monotonic() + within, self._require_alive):
                     log.write(line.encode() + b"\n")
@@ -316,20 +338,19 @@ class Supervisor:
 
 
 def start_time(pid: int) -> int:
-    """Clock ticks after boot at which this process began, 0 when it is gone: a pid alone may name another process by
-    now."""
+    """Clock ticks after boot at which this process began, 0 when it has ended: a pid alone may name another by now."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    return int(stat.rsplit(")", 1)[1].split()[19])
+    return 0 if fields[0] in "ZX" else int(fields[19])
 
 
 def is_same_process(pid: int, started: int) -> bool:
     return started != 0 and start_time(pid) == started
 
 
-def end_leftovers(state: State, say: Progress) -> int:
+def end_leftovers(state: State, say: Progress, patience: float = 10.0) -> int:
     """End services that a killed supervisor left behind.  Returns how many there were."""
     try:
         known = json.loads(state.supervisor_file.read_text())
@@ -339,16 +360,16 @@ def end_leftovers(state: State, say: Progress) -> int:
         return 0
     ended = 0
     for name, entry in known.get("services", {}).items():
-        if not is_same_process(entry["pid"], entry["started"]):
+        pid, started = entry["pid"], entry["started"]
+        if not is_same_process(pid, started):
             continue
-        say(f"{name:<12} left behind by a supervisor that is gone (pid {entry['pid']}); ending it")
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(entry["pid"], signal.SIGTERM)
-        deadline = time.monotonic() + 10
-        while is_same_process(entry["pid"], entry["started"]) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(entry["pid"], signal.SIGKILL)
+        say(f"{name:<12} left behind by a supervisor that is gone (pid {pid}); ending it")
+        for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, number)
+            deadline = time.monotonic() + wait
+            while is_same_process(pid, started) and time.monotonic() < deadline:
+                time.sleep(0.02)
         ended += 1
     state.supervisor_file.unlink(missing_ok=True)
     return ended

@@ -1,0 +1,133 @@
+"""What a newcomer sees: a first devbox made through the HTTP API like anybody's, and lines to paste.
+
+In charge of the words and of a small HTTP client for them.  Uses the API only, never rows, so that what it shows is
+what users get.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+from config.state import State
+from config.supervisor import NotReady, Progress, StepFailed, is_same_process
+
+
+def answers(base_url: str) -> None:
+    """Raise NotReady until the API answers: a request without a key is refused by code that has read the database."""
+    try:
+        call(base_url, "GET", "/v1/accounts/me", key="ak_none", timeout=3.0)
+    except ApiRefused as refused:
+        if refused.status != 401:
+            raise NotReady(f"/v1/accounts/me answers {refused.status}: {refused.text[:200]}") from None
+    except OSError as error:
+        raise NotReady(str(error)) from None
+
+
+class ApiRefused(Exception):
+    """The API answered with an error status."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"{status} {text[:500]}")
+        self.status, self.text = status, text
+
+
+def call(base_url: str, method: str, path: str, key: str, body: object = None, timeout: float = 35.0) -> Any:
+    """One request with JSON both ways.  Raises ApiRefused, or OSError when there is no answer within ``timeout``
+    seconds."""
+    request = urllib.request.Request(  # noqa: S310 - the address is the installation's own
+        base_url + path,
+        method=method,
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310
+            return json.loads(answer.read() or b"null")
+    except urllib.error.HTTPError as error:
+        raise ApiRefused(error.code, error.read().decode(errors="replace")) from None
+
+
+def devbox(state: State, base_url: str, say: Progress) -> str | None:
+    """Make the first devbox and run ``uname -a`` in it; the output.  Does nothing after it has worked once."""
+    marker = state.path / "first-devbox"
+    if marker.exists():
+        return None
+    key = state.api_key_file.read_text().strip()
+    try:
+        box = call(base_url, "POST", "/v1/devboxes", key, {"name": "first"})
+        say(f"devbox       {box['id']} asked for")
+        for _ in range(10):
+            if box["status"] not in ("provisioning", "initializing"):
+                break
+            try:
+                wanted = {"statuses": ["running", "failure", "shutdown"], "timeout_seconds": 30}
+                box = call(base_url, "POST", f"/v1/devboxes/{box['id']}/wait_for_status", key, wanted, timeout=45.0)
+            except ApiRefused as refused:
+                if refused.status != 408:
+                    raise
+        if box["status"] != "running":
+            raise StepFailed(
+                "devbox", f"{box['id']} is {box['status']}: {box.get('failure_reason')}", state.logs / "worker.log"
+            )
+        say(f"devbox       {box['id']} running")
+        result = call(
+            base_url, "POST", f"/v1/devboxes/{box['id']}/execute_sync", key, {"command": "uname -a"}, timeout=60.0
+        )
+    except (ApiRefused, OSError) as error:
+        raise StepFailed("devbox", str(error), state.logs / "web.log") from error
+    if result.get("exit_status") != 0:
+        raise StepFailed("devbox", f"uname -a ended with {result}", state.logs / "worker.log")
+    marker.write_text(box["id"] + "\n")
+    return f"$ uname -a      in devbox {box['id']}\n{result['stdout']}"
+
+
+def running(state: State) -> dict[str, Any] | None:
+    """The facts that a running supervisor announced, None when there is none or it is not ready yet."""
+    try:
+        facts: dict[str, Any] = json.loads(state.supervisor_file.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return facts if facts.get("ready") and is_same_process(facts["pid"], facts["started"]) else None
+
+
+def show(state: State, facts: Mapping[str, Any], output: str | None) -> None:
+    """Print the output of the first devbox, the address, where the key is, and lines that work when pasted."""
+    url = facts["base_url"]
+    key = state.api_key_file.read_text().strip()
+    text = f"""
+{output or ""}
+API       {url}          docs: {url}/docs/
+Key       {key}          (kept in {state.api_key_file})
+Admin     {url}/admin/   (user and password in {state.admin_file})
+Logs      {state.logs}
+
+Python    pip install runloop_api_client
+          python - <<'END'
+          from runloop_api_client import Runloop
+          client = Runloop(base_url="{url}", bearer_token="{key}")
+          box = client.devboxes.create_and_await_running(name="mine")
+          print(client.devboxes.execute_sync(box.id, command="uname -a").stdout)
+          client.devboxes.shutdown(box.id)
+          END
+
+TypeScript  npm install @runloop/api-client
+          node --input-type=module - <<'END'
+          import {{ Runloop }} from '@runloop/api-client';
+          const client = new Runloop({{ baseURL: '{url}', bearerToken: '{key}' }});
+          const box = await client.devboxes.createAndAwaitRunning({{ name: 'mine' }});
+          console.log((await client.devboxes.executeSync(box.id, {{ command: 'uname -a' }})).stdout);
+          await client.devboxes.shutdown(box.id);
+          END
+
+curl      curl {url}/v1/devboxes -H 'Authorization: Bearer {key}' \\
+               -H 'Content-Type: application/json' -d '{{"name": "mine"}}'
+
+Ctrl-C ends this machine's devboxes and stops everything; data stays.
+"""
+    sys.stdout.write(text)
+    sys.stdout.flush()

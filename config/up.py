@@ -1,0 +1,267 @@
+"""``make up``: everything on this machine, from nothing to a first devbox, then the supervisor in the foreground.
+
+In charge of the order of the steps and of what the newcomer reads.  Each step is repeatable, so a start that failed
+half-way is continued by the next one, and a start of what is complete changes nothing.  Not in charge of how a server
+is made (``config.servers``), of processes (``config.supervisor``), nor of rows (``config.prepare``, which is the only
+part with Django).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cryptography.fernet import Fernet
+
+from config import first, packages, roles, servers
+from config.state import CHECKOUT, Owner, State, StateError, can_run, free_port, port_is_free, process_environment
+from config.supervisor import Progress, Service, StepFailed, Supervisor, end_leftovers
+
+#: The web server's port when it is free and none was asked for; only a habit, another one is found otherwise.
+_USUAL_PORT = 8420
+
+
+@dataclass(frozen=True)
+class Options:
+    """What differs between the installation of a person and a throwaway one (``config.prove``, the live tests)."""
+
+    #: Make a devbox and run a command in it after the first start.
+    first_devbox: bool = True
+    #: Everything on the host's side goes below this folder too; None: the usual place.
+    host_root: Path | None = None
+    pool_gb: int | None = None
+
+
+class Installation:
+    """One installation being started, watched and stopped.  Hold its lock (``State.locked``) around it."""
+
+    def __init__(self, state: State, given: Mapping[str, str], options: Options, say: Progress) -> None:
+        self.state, self.given, self.options, self.say = state, given, options, say
+        self.supervisor = Supervisor(state, say)
+        self.env: dict[str, str] = {}
+        self.roles_user: Owner | None = None
+        self._hosts_may_run = False
+
+    # -- start ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> dict[str, Any]:
+        """All steps up to a working API.  Returns what ``config.prepare`` said.  Raises StepFailed or StateError."""
+        end_leftovers(self.state, self.say)
+        packages.ensure(self.state, self.say)
+        user = self.state.ensure_user()
+        self.env = settings(self.state, self.given)
+        prepared = servers.plan(self.state, self.given)
+        self.env |= prepared.env
+        self.state.write_env(self.env, user)
+        self.roles_user = user if _can_serve_as(user) else None
+        if self.roles_user is None:
+            self.say(f"roles        run as root: {user.name} cannot reach {sys.executable} or {CHECKOUT}")
+        self.supervisor.start(prepared.services)
+        servers.finish(self.state, prepared)
+        facts = self.prepare("database", within=120.0)
+        self._store_secrets(facts)
+        self.supervisor.start(self.role_services())
+        self._hosts_may_run = True
+        facts |= self.prepare("host", *self._host_arguments(), within=600.0)
+        self.supervisor.announce(base_url=self.base_url, ready=True, state=str(self.state.path), **facts)
+        return facts
+
+    @property
+    def base_url(self) -> str:
+        return f"http://{self.env['BERTH_BIND']}"
+
+    def role_env(self) -> dict[str, str]:
+        """What every role's process gets: its settings come from the file, plus what the person gave on the command
+        line."""
+        own = {name: value for name, value in self.given.items() if name.startswith("BERTH_")}
+        return {
+            "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": str(self.state.path),
+            "LANG": "C.UTF-8",
+            "PYTHONUNBUFFERED": "1",
+            **own,
+            **roles.web_settings(self.env["BERTH_BIND"]),
+            "BERTH_STATE": str(self.state.path),
+        }
+
+    def role_services(self) -> list[Service]:
+        env = self.role_env()
+        return [
+            Service(
+                name,
+                [sys.executable, *argv[1:]],
+                ready=(lambda: first.answers(self.base_url)) if name == "web" else _alive,
+                where=self.base_url if name == "web" else "",
+                env=env,
+                user=self.roles_user,
+                cwd=CHECKOUT,
+                ready_within=60.0,
+                stop_within=20.0,
+            )
+            for name, argv in roles.ROLES.items()
+        ]
+
+    def prepare(self, verb: str, *arguments: str, within: float) -> dict[str, Any]:
+        """Run a step that needs Django; it prints its facts as one JSON line at its end."""
+        argv = [sys.executable, "-m", "config.prepare", verb, *arguments]
+        lines = self.supervisor.run_step(verb, argv, self.role_env(), within, self.roles_user, CHECKOUT)
+        facts: dict[str, Any] = json.loads(lines[-1])
+        return facts
+
+    def _host_arguments(self) -> Sequence[str]:
+        arguments = [
+            "--port",
+            str(servers.sshd_port(self.state)),
+            "--key-file",
+            str(servers.admin_key_file(self.state)),
+        ]
+        if self.options.host_root is not None:
+            arguments += ["--root", str(self.options.host_root)]
+        if self.options.pool_gb is not None:
+            arguments += ["--pool-gb", str(self.options.pool_gb)]
+        return arguments
+
+    def _store_secrets(self, facts: dict[str, Any]) -> None:
+        """Secrets are shown once by the code that makes them; they go to files that only the owner reads."""
+        if key := facts.pop("api_key", None):
+            self.state.write_private(self.state.api_key_file, key + "\n")
+        if password := facts.pop("admin_password", None):
+            text = f"{self.base_url}/admin/\nuser: {facts['admin_user']}\npassword: {password}\n"
+            self.state.write_private(self.state.admin_file, text)
+
+    # -- stop ----------------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """End this machine's devboxes, then everything that runs, in the reverse order.  Data stays."""
+        if self._hosts_may_run:
+            self.supervisor.stop(["web", "beat"])
+            try:
+                ended = self.prepare("end_devboxes", within=90.0)["ended"]
+                self.say(f"devboxes     {ended} ended" if ended != 1 else "devboxes     1 ended")
+            except (StepFailed, StateError) as failure:
+                self.say(f"devboxes     could not be ended in order: {failure}")
+            self.supervisor.stop(["watcher", "worker"])
+            try:
+                self.prepare("stop_host", within=60.0)
+                self.say("host         stopped")
+            except (StepFailed, StateError) as failure:
+                self.say(f"host         {failure}")
+        self.supervisor.stop()
+
+
+def _alive() -> None:
+    """Roles without a port are ready when they run; the first devbox shows that they work."""
+
+
+def _can_serve_as(user: Owner) -> bool:
+    """A checkout or an interpreter below a closed folder (``/root``) cannot be used by anybody else."""
+    return can_run(Path(sys.executable), user) and can_run(CHECKOUT, user)
+
+
+def settings(state: State, given: Mapping[str, str]) -> dict[str, str]:
+    """The installation's settings: what was given now, else what was recorded, else made now."""
+    recorded = state.read_env()
+    bind = given.get("BERTH_BIND")
+    if bind:
+        host, _, port = bind.rpartition(":")
+        if not port.isdigit() or not host:
+            raise StateError(f"BERTH_BIND must be ADDRESS:PORT, not {bind!r}")
+        if not port_is_free(int(port), host.strip("[]")):
+            raise StateError(f"BERTH_BIND: another program listens on {bind}; choose another port, or leave it unset")
+    else:
+        host, _, port = recorded.get("BERTH_BIND", f"127.0.0.1:{_USUAL_PORT}").rpartition(":")
+        bind = f"{host}:{free_port(int(port), address=host.strip('[]'))}"
+    made: dict[str, Callable[[], str]] = {
+        "BERTH_SECRET_KEY": lambda: secrets.token_urlsafe(48),
+        "BERTH_SEAL_KEYS": lambda: Fernet.generate_key().decode(),
+        "BERTH_CLUSTER": lambda: str(uuid.uuid4()),
+    }
+    kept = {name: given.get(name) or recorded.get(name) or make() for name, make in made.items()}
+    servers_given = {
+        name: value
+        for name, value in recorded.items()
+        if name in ("DATABASE_URL", "REDIS_URL") or name.startswith("S3_")
+    }
+    return {**servers_given, **kept, "BERTH_BIND": bind}
+
+
+def main() -> int:
+    """Start, show, watch, stop.  Exit status 0 after a stop that was asked for, 1 after a step that failed."""
+    say = Progress()
+    given = process_environment()
+    try:
+        state = State.from_environment()
+        state.create()
+        with state.locked():
+            return run(Installation(state, given, Options(), say))
+    except StateError as error:
+        if (facts := first.running(State.from_environment())) is not None:
+            say("already running; nothing was changed")
+            first.show(State.from_environment(), facts, output=None)
+            return 0
+        sys.stderr.write(f"make up: {error}\n")
+        return 1
+
+
+def run(installation: Installation) -> int:
+    """``main`` for a held lock; also what the throwaway installations run."""
+    say = installation.say
+    with _interrupts() as ignore_further:
+        code = 0
+        try:
+            facts = installation.start()
+            output = (
+                first.devbox(installation.state, installation.base_url, say)
+                if installation.options.first_devbox
+                else None
+            )
+            first.show(installation.state, facts | {"base_url": installation.base_url}, output)
+            installation.supervisor.watch()
+        except KeyboardInterrupt:
+            pass
+        except (StepFailed, StateError) as failure:
+            sys.stderr.write(f"\nFAILED  {failure}\n\n")
+            code = 1
+        ignore_further()
+        say("stopping")
+        installation.stop()
+        say("stopped; nothing is running, data stays in " + str(installation.state.path))
+        return code
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], None]]:
+    """SIGTERM and SIGHUP interrupt as Ctrl-C does; once stopping, further ones only say so."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    def told(_number: int, _frame: FrameType | None) -> None:
+        os.write(1, b"           still stopping; every step is bounded\n")
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+
+    def ignore_further() -> None:
+        for number in numbers:
+            signal.signal(number, told)
+
+    try:
+        yield ignore_further
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
