@@ -1,8 +1,8 @@
 """What the maker processes do: the blocking work of hostd, one function per job.
 
 In charge of putting boxes, keepers and the zygote together: the order in which a box gets its keeper and loses it.
-Every job may be run twice, and after a kill in its middle. Not in charge of: how a box is made (`boxes`), what a keeper does
-(`keeper`), who may ask (`verbs`).
+Every job may be run twice, and after a kill in its middle. Not in charge of: how a box is made (`boxes`), what a keeper
+does (`keeper`), who may ask (`verbs`).
 """
 
 from __future__ import annotations

@@ -189,6 +189,17 @@ class Keepers:
         while link.pending:
             _refuse(link.pending.popleft().connection, Refused("unknown_box", "the box was destroyed"))
 
+    def let_go(self, slot: str) -> None:
+        """Close what is open to a box and leave it as it is: hostd ends, the box lives on."""
+        link = self._links.pop(slot)
+        link.gone = True
+        if link.task is not None:
+            link.task.cancel()
+        self._close_socket(link)
+        self._unwatch_init(link)
+        while link.pending:
+            _refuse(link.pending.popleft().connection, Refused("not_ready", "hostd is restarting"))
+
     async def _open(self, link: Link) -> None:
         """Connect, with a successor when the keeper is dead. Goes on until it is connected or the box is gone."""
         attempt = 0

@@ -11,7 +11,8 @@ A connection carries one JSON request line and is answered by one JSON line::
 Host verbs may follow one another on a kept connection. After a box verb the connection belongs to that box's keeper,
 and further verbs for the same box may follow on it. A request with ``"body": N`` is followed by N raw bytes. A raw
 answer is framed (:func:`frame`): u32 big-endian length and bytes, repeated; a zero length; a JSON trailer line. An
-answer that ends without its trailer was cut and must not be taken for complete.
+answer that ends without its trailer was cut and must not be taken for complete. `watch` is answered by its ok line, and
+then by one line per event for as long as the connection lasts; lines of acks go the other way.
 
 The protocol only grows: unknown fields of a request or a reply are ignored, known ones are checked strictly.
 """
@@ -382,6 +383,11 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
     },
     "list": {"box": (is_box_id, True)},
 }
+
+
+def fields_of(verb: str) -> frozenset[str]:
+    """The names of a verb's fields. Raises KeyError for an unknown verb."""
+    return frozenset(_FIELDS[verb])
 
 
 def encode(message: Mapping[str, Any]) -> bytes:

@@ -1,0 +1,130 @@
+"""The command line of hostd, the same from the package and from the shipped bundle.
+
+`setup` and `teardown` print JSON lines of progress and end with ``{"done": true, …}`` or ``{"error": {…}}``. `serve`
+runs the daemon; with ``--detach`` it returns, in the same way, once the daemon answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import time
+from typing import Any
+
+from hostd import bundle, config, messages
+from hostd.config import HostConfig
+
+DETACH_SECONDS = 60.0  # a detached hostd must answer within this time
+_REFUSED, _FAILED = 2, 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit status is 0 only when it did what it should."""
+    parser = argparse.ArgumentParser(prog="hostd", description="Makes and keeps devboxes on this machine.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("setup", "make this machine ready: pool, network, image"),
+        ("teardown", "remove every trace of the install, its boxes included"),
+        ("serve", "serve requests on the install's socket"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--config", required=True, help="the install's host.json")
+        if name == "serve":
+            command.add_argument("--detach", action="store_true", help="return once the daemon answers")
+            command.add_argument("--inherit", help=argparse.SUPPRESS)
+    commands.add_parser("version", help="print protocol and digest")
+    options = parser.parse_args(argv)
+    if options.command == "version":
+        path = bundle.running_path()
+        say({"protocol": messages.PROTOCOL, "digest": bundle.digest_of(path) if path else ""})
+        return 0
+    try:
+        cfg = config.load(options.config)
+        if options.command == "setup":
+            from hostd import setup
+
+            return setup.run(cfg, say)
+        if options.command == "teardown":
+            from hostd import teardown
+
+            return teardown.run(cfg, say)
+        return _serve(cfg, options)
+    except (config.ConfigError, OSError, messages.Refused) as error:
+        code = error.code if isinstance(error, messages.Refused) else "internal"
+        say({"error": {"code": code, "message": str(error)}})
+        return _FAILED
+
+
+def say(line: dict[str, Any]) -> None:
+    """One line of JSON to whoever started us."""
+    print(json.dumps(line), flush=True)
+
+
+def _serve(cfg: HostConfig, options: argparse.Namespace) -> int:
+    from hostd import serve
+
+    path = os.path.abspath(options.config)
+    if options.detach:
+        return _detach(cfg, path)
+    inherited: tuple[int, int] | None = None
+    if options.inherit:
+        listener, lock = options.inherit.split(",")
+        inherited = int(listener), int(lock)
+    try:
+        return serve.serve(cfg, path, inherited)
+    except serve.AlreadyServed as error:
+        say({"error": {"code": "busy", "message": str(error)}})
+        return _REFUSED
+
+
+def _detach(cfg: HostConfig, path: str) -> int:
+    """Start the daemon as nobody's child, in a session of its own, and wait until it answers."""
+    if _answers(cfg):
+        say({"done": True, "already": True})
+        return 0
+    running = bundle.running_path()
+    argv = [sys.executable, "-I", os.path.realpath(running)] if running else [sys.executable, "-m", "hostd"]
+    folder = f"{cfg.root}/log"
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setsid()
+            if os.fork():
+                os._exit(0)
+            null = os.open("/dev/null", os.O_RDWR)
+            errors = os.open(f"{folder}/hostd.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            for target, handle in enumerate((null, errors, errors)):
+                os.dup2(handle, target)
+            os.closerange(3, 2**20)
+            os.execv(argv[0], [*argv, "serve", "--config", path])
+        finally:
+            os._exit(127)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + DETACH_SECONDS
+    while time.monotonic() < deadline:
+        if _answers(cfg):
+            say({"done": True})
+            return 0
+        time.sleep(0.05)
+    message = f"hostd did not answer within {DETACH_SECONDS:g} s; see {folder}/hostd.err and hostd.log"
+    say({"error": {"code": "internal", "message": message}})
+    return _FAILED
+
+
+def _answers(cfg: HostConfig) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(2.0)
+        try:
+            sock.connect(cfg.socket_path)
+            sock.sendall(messages.request("hello"))
+            return sock.recv(1) == b"{"
+        except OSError:
+            return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
