@@ -32,7 +32,12 @@ class AccountView(serializers.Serializer[Any]):
 
 
 class Me(APIView):
-    @extend_schema(operation_id="getMyAccount", tags=["accounts"], summary="The account this key belongs to.", responses=AccountView)
+    @extend_schema(
+        operation_id="getMyAccount",
+        tags=["accounts"],
+        summary="The account this key belongs to.",
+        responses=AccountView,
+    )
     def get(self, request: Request) -> Response:
         account = access_account(caller_of(request))
         return Response(
@@ -73,9 +78,7 @@ class ApiKeys(APIView):
         asked.is_valid(raise_exception=True)
         name = asked.validated_data.get("name") or ""
         expires_at_ms = asked.validated_data.get("expires_at_ms")
-        key, secret = create_key(
-            caller.account_id, name, member=caller.member_id, expires_at=_moment(expires_at_ms)
-        )
+        key, secret = create_key(caller.account_id, name, member=caller.member_id, expires_at=_moment(expires_at_ms))
         return Response({"id": key.pk, "name": key.name, "key_secret": secret, "expires_at_ms": expires_at_ms})
 
 

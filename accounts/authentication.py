@@ -59,7 +59,7 @@ def authenticate(token: str) -> Caller:
 class ApiKeyAuthentication(BaseAuthentication):
     """DRF's door: ``Authorization: Bearer ak_…``; ``request.user`` is the Caller."""
 
-    def authenticate(self, request: Request) -> tuple[Caller, None]:  # type: ignore[override]
+    def authenticate(self, request: Request) -> tuple[Caller, None]:
         scheme, _, token = request.META.get("HTTP_AUTHORIZATION", "").partition(" ")
         token = token.strip()
         if scheme.lower() != "bearer" or not token:

@@ -27,7 +27,17 @@ from api.permissions import READ_ONLY_MESSAGE
 from api.threads import in_database
 from api.validation import parse_object
 
-__all__ = ["ClientGone", "Request", "Response", "Route", "StreamResponse", "going_down", "in_database", "json_response", "serve"]
+__all__ = [
+    "ClientGone",
+    "Request",
+    "Response",
+    "Route",
+    "StreamResponse",
+    "going_down",
+    "in_database",
+    "json_response",
+    "serve",
+]
 
 log = logging.getLogger("api.asynchronous")
 
@@ -245,8 +255,8 @@ async def _run(handler: Handler, request: Request) -> Response | StreamResponse:
     """The handler's answer; ClientGone, and the handler cancelled, when the client leaves first."""
     if request.method in ("GET", "HEAD") and not request.body.declared:
         request.body.finished.set()  # nothing to read: the watcher may have receive() at once
-    task = asyncio.ensure_future(handler(request))
-    read = asyncio.ensure_future(request.body.finished.wait())
+    task: asyncio.Future[Any] = asyncio.ensure_future(handler(request))
+    read: asyncio.Future[Any] = asyncio.ensure_future(request.body.finished.wait())
     try:
         # While the handler reads the body it owns receive(); afterwards the watcher does.
         await asyncio.wait([task, read], return_when=asyncio.FIRST_COMPLETED)
@@ -289,6 +299,9 @@ async def _answer(response: Response | StreamResponse, request: Request | None, 
         await send({"type": "http.response.body", "body": b""})
     except ClientGone:
         pass
+    except Exception:
+        # Returning without the last body message makes the server cut the connection.
+        log.exception("the source of %s %s broke half-way", scope["method"], scope["path"])
     finally:
         close = getattr(chunks, "aclose", None)
         if close is not None:
@@ -303,6 +316,9 @@ async def _pump(chunks: AsyncIterator[bytes], gone: asyncio.Future[None], send: 
         async for chunk in chunks:
             if chunk:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                # Once the client has gone the server's send returns at once, without ever yielding to the loop: a
+                # source that is always ready would then spin and the watcher never hear of it.
+                await asyncio.sleep(0)
 
     task = asyncio.ensure_future(pump())
     try:

@@ -1,4 +1,4 @@
-"""Reading request bodies off an ASGI connection: bounded in size, in time between bytes, and in sum over the process."""
+"""Reading request bodies off an ASGI connection, bounded in size, in time between bytes and in sum over a process."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ class Body:
             if chunk:
                 yield chunk
 
-    async def read(self, limit: int, *, pause_at: int | None = None, pause: Callable[[], Awaitable[None]] | None = None) -> bytes:
+    async def read(
+        self, limit: int, *, pause_at: int | None = None, pause: Callable[[], Awaitable[None]] | None = None
+    ) -> bytes:
         """The whole body, at most ``limit`` bytes of it.
 
         ``pause`` is awaited once before more than ``pause_at`` bytes are accepted: the place to ask who is sending.

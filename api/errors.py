@@ -114,8 +114,17 @@ class Unavailable(ApiError):
         self.headers.setdefault("retry-after", str(max(1, round(retry_after))))
 
 
-_DRF_CODES = {400: "bad_request", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
-              406: "not_acceptable", 413: "too_large", 415: "unsupported_media_type", 429: "too_many_requests"}
+_DRF_CODES = {
+    400: "bad_request",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    406: "not_acceptable",
+    413: "too_large",
+    415: "unsupported_media_type",
+    429: "too_many_requests",
+}
 
 
 def to_api_error(error: Exception) -> ApiError:

@@ -35,7 +35,5 @@ def new_id(prefix: str) -> str:
 def is_id(prefix: str, text: object) -> bool:
     """Whether ``text`` could have come from ``new_id(prefix)``."""
     return (
-        isinstance(text, str)
-        and text.startswith(f"{prefix}_")
-        and _BODY.fullmatch(text, len(prefix) + 1) is not None
+        isinstance(text, str) and text.startswith(f"{prefix}_") and _BODY.fullmatch(text, len(prefix) + 1) is not None
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from api.errors import BadRequest
 
@@ -19,7 +20,8 @@ class Page:
     starting_after: str | None = None
     include_total_count: bool = True
 
-    def __iter__(self):  # type: ignore[no-untyped-def]  # so that a caller may unpack it
+    def __iter__(self) -> Iterator[Any]:
+        """``limit, starting_after, include_total_count = page``"""
         return iter((self.limit, self.starting_after, self.include_total_count))
 
 

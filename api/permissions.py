@@ -17,7 +17,7 @@ READ_ONLY_MESSAGE = "this API key may only read"
 
 
 class CallerMay(BasePermission):
-    """Needs a caller; a read-only key is kept to GET and to views marked ``reads = True`` (waits are POSTs that read)."""
+    """Needs a caller. A read-only key is kept to GET and to views marked ``reads = True``: waits are POSTs."""
 
     def has_permission(self, request: Request, view: APIView) -> bool:
         caller: Any = request.user

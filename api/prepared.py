@@ -17,11 +17,11 @@ def fetch_one(sql: str, params: Sequence[Any]) -> tuple[Any, ...] | None:
     """The first row, or None. ``jsonb`` comes as text, as everywhere below Django. Raises Django's database errors."""
     connection.ensure_connection()
     with connection.wrap_database_errors, psycopg.Cursor(connection.connection) as cursor:
-        return cursor.execute(sql, params, prepare=True).fetchone()  # type: ignore[arg-type]  # a constant of ours
+        return cursor.execute(sql, params, prepare=True).fetchone()
 
 
 def fetch_all(sql: str, params: Sequence[Any]) -> list[tuple[Any, ...]]:
     """All rows; for statements with a LIMIT of their own."""
     connection.ensure_connection()
     with connection.wrap_database_errors, psycopg.Cursor(connection.connection) as cursor:
-        return cursor.execute(sql, params, prepare=True).fetchall()  # type: ignore[arg-type]  # a constant of ours
+        return cursor.execute(sql, params, prepare=True).fetchall()

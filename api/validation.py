@@ -79,7 +79,9 @@ def refuse_unknown(data: Mapping[str, Any], known: set[str] | frozenset[str]) ->
     """Raises BadRequest naming the fields of ``data`` that are not among ``known``."""
     unknown = sorted(set(data) - known)
     if unknown:
-        raise BadRequest(f"unknown field{'s' if len(unknown) > 1 else ''}: {', '.join(name[:80] for name in unknown[:10])}")
+        raise BadRequest(
+            f"unknown field{'s' if len(unknown) > 1 else ''}: {', '.join(name[:80] for name in unknown[:10])}"
+        )
 
 
 class StrictSerializer(serializers.Serializer[Any]):
@@ -170,7 +172,9 @@ def check_metadata(value: Any) -> dict[str, str]:
         raise serializers.ValidationError(f"At most {METADATA_KEYS_MAX} keys are allowed.")
     for key, text in value.items():
         if not check_metadata_key(key):
-            raise serializers.ValidationError(f"Key {key[:140]!r}: 1 to 128 characters of A-Z a-z 0-9 _ . / - are allowed.")
+            raise serializers.ValidationError(
+                f"Key {key[:140]!r}: 1 to 128 characters of A-Z a-z 0-9 _ . / - are allowed."
+            )
         if not isinstance(text, str):
             raise serializers.ValidationError(f"Key {key!r}: the value must be a text.")
         if len(text) > METADATA_VALUE_MAX:

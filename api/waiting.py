@@ -152,7 +152,7 @@ class Hub:
         deadline: float,
         gone: asyncio.Future[None] | None = None,
     ) -> T:
-        """Read, in a database thread, until ``done`` says so or ``deadline`` (the loop's time) has passed; the last value.
+        """Read, in a database thread, until ``done`` or until ``deadline`` (the loop's time); the last value.
 
         The caller tells the two apart by asking ``done`` again. Raises ClientGone once ``gone`` is done, and whatever
         ``read`` raises. The row is read at least once, and once more at the deadline.

@@ -23,14 +23,14 @@ from api.asynchronous import Routes, going_down, serve
 from api.bodies import Receive, Scope, Send
 from api.waiting import hub
 from config import websockets
-from config.routes import async_routes
+from config.routes import async_routes, websocket_routes
 from config.wsgi_bridge import Bridge
 
 log = logging.getLogger("config.asgi")
 
 bridge = Bridge()
 routes = Routes(async_routes())
-_websocket = websockets.application()
+_websocket = websockets.application(websocket_routes())
 _ = get_resolver().url_patterns  # imported now, not by the first request
 
 

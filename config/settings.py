@@ -171,7 +171,7 @@ AUTH_PASSWORD_VALIDATORS = [
     {"NAME": "django.contrib.auth.password_validation.MinimumLengthValidator", "OPTIONS": {"min_length": 12}},
     {"NAME": "django.contrib.auth.password_validation.CommonPasswordValidator"},
 ]
-# Tunnels are same-site with the admin: a __Host- cookie cannot be set by a sibling name. Browsers take it over https only.
+# Tunnels are same-site with the admin: a __Host- cookie cannot be set by a sibling name. Only https may carry one.
 SECURE = env.flag("BERTH_SECURE", default=BERTH.public_url.startswith("https://"))
 _host = "__Host-" if SECURE else ""
 SESSION_COOKIE_NAME = f"{_host}berth_session"

@@ -15,7 +15,6 @@ import orjson
 from channels.routing import URLRouter
 
 from api.bodies import Message, Receive, Scope, Send
-from config.routes import websocket_routes
 
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -68,9 +67,9 @@ def closing_safely(application: Application) -> Application:
     return wrapped
 
 
-def application() -> Application:
-    """The WebSocket half of the ASGI root."""
-    router: Any = URLRouter(websocket_routes())
+def application(routes: list[Any]) -> Application:
+    """The WebSocket half of the ASGI root: Channels consumers by path, 404 for any other."""
+    router: Any = URLRouter(routes)
 
     async def routed(scope: Scope, receive: Receive, send: Send) -> None:
         try:

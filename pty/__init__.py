@@ -19,12 +19,13 @@ def _standard() -> _types.ModuleType:
     return module
 
 
+_std: _types.ModuleType | None = None
+
+
 def __getattr__(name: str) -> object:
     if name.startswith("__"):
         raise AttributeError(name)
     global _std
-    try:
-        standard = _std
-    except NameError:
-        standard = _std = _standard()
-    return getattr(standard, name)
+    if _std is None:
+        _std = _standard()
+    return getattr(_std, name)

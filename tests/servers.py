@@ -1,4 +1,4 @@
-"""Private PostgreSQL and Redis for a test session, below a temporary folder, on Unix sockets, as an unprivileged user."""
+"""Private PostgreSQL and Redis for tests: below a temporary folder, on Unix sockets, as an unprivileged user."""
 
 from __future__ import annotations
 
@@ -43,7 +43,12 @@ class Server:
     def start(self) -> None:
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(
-                self.argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, user=unprivileged(), cwd=self.folder,
+                self.argv,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                user=unprivileged(),
+                cwd=self.folder,
                 start_new_session=True,
             )
         deadline = time.monotonic() + 20
@@ -83,12 +88,33 @@ class Postgres(Server):
         folder = private_folder("pg")
         data = folder / "data"
         subprocess.run(
-            [self.bin / "initdb", "-D", data, "-U", "berth", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"],
-            check=True, stdout=subprocess.DEVNULL, user=unprivileged(), cwd=folder, env={"PATH": os.environ["PATH"]},
+            [
+                self.bin / "initdb",
+                "-D",
+                data,
+                "-U",
+                "berth",
+                "-A",
+                "trust",
+                "-E",
+                "UTF8",
+                "--locale=C.UTF-8",
+                "--no-sync",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            user=unprivileged(),
+            cwd=folder,
+            env={"PATH": os.environ["PATH"]},
         )
         options = {
-            "listen_addresses": "", "unix_socket_directories": str(folder), "fsync": "off", "full_page_writes": "off",
-            "shared_buffers": "32MB", "max_connections": "120", "max_wal_size": "256MB",
+            "listen_addresses": "",
+            "unix_socket_directories": str(folder),
+            "fsync": "off",
+            "full_page_writes": "off",
+            "shared_buffers": "32MB",
+            "max_connections": "120",
+            "max_wal_size": "256MB",
         }
         flags = [part for key, value in options.items() for part in ("-c", f"{key}={value}")]
         super().__init__("PostgreSQL", [str(self.bin / "postgres"), "-D", str(data), *flags], folder)
@@ -117,8 +143,21 @@ class Redis(Server):
         self.socket = folder / "redis.sock"
         super().__init__(
             "Redis",
-            [binary, "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "777", "--save", "",
-             "--appendonly", "no", "--dir", str(folder)],
+            [
+                binary,
+                "--port",
+                "0",
+                "--unixsocket",
+                str(self.socket),
+                "--unixsocketperm",
+                "777",
+                "--save",
+                "",
+                "--appendonly",
+                "no",
+                "--dir",
+                str(folder),
+            ],
             folder,
         )
 

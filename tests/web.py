@@ -61,8 +61,16 @@ class Web:
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(coroutine)
 
-    async def send(self, method: str, path: str, *, key: str | None = None, headers: dict[str, str] | None = None,
-                   json: Any = None, **rest: Any) -> httpx.Response:
+    async def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        key: str | None = None,
+        headers: dict[str, str] | None = None,
+        json: Any = None,
+        **rest: Any,
+    ) -> httpx.Response:
         headers = dict(headers or {})
         if key is not None:
             headers.setdefault("authorization", f"Bearer {key}")
