@@ -155,9 +155,10 @@ class Watcher:
     def start(self, rest: bytes) -> None:
         self._connection.setblocking(False)
         self._loop.add_reader(self._connection, self._readable)
-        self._beat()
-        if rest and not self._closed:
+        if rest:
             self._take(rest)
+        if not self._closed:
+            self._beat()
 
     def tell(self, key: Key) -> None:
         if key not in self._queued:

@@ -52,7 +52,7 @@ BOX_EXIT_ID: Final = "box"  # a box_exit event is acknowledged as [box, "box"]
 HOST_VERBS: Final = frozenset(
     {"hello", "report", "prepare_disk", "boot", "destroy", "watch", "set_warm", "ship", "restart"}
 )
-BOX_VERBS: Final = frozenset({"spawn", "state", "kill", "ack", "follow", "read", "stdin", "list"})
+BOX_VERBS: Final = frozenset({"spawn", "state", "kill", "ack", "forget", "follow", "read", "stdin", "list"})
 VERBS: Final = HOST_VERBS | BOX_VERBS
 
 ErrorCode = Literal[
@@ -206,24 +206,30 @@ class ListReply(TypedDict):
 
 
 class ReadReply(TypedDict):
-    """Followed by ``body`` raw bytes."""
+    """Followed by ``body`` raw bytes. ``offset`` is where they start: behind what was dropped, or at a line."""
 
     size: int
     offset: int
     body: int
+    dropped: NotRequired[list[int]]  # [start, end] of the middle that was not kept
 
 
 class FollowReply(TypedDict):
     """Followed by frames, a zero frame and a :class:`FollowTrailer` line."""
 
     offset: int
+    dropped: NotRequired[list[int]]
 
 
 class FollowTrailer(TypedDict):
+    """``complete`` is True at the real end. False: what was dropped begins here; follow again at ``resume``."""
+
     total: int
     exit: int | None
     reason: Reason | None
     complete: bool
+    resume: NotRequired[int]
+    dropped: NotRequired[list[int]]
 
 
 class StdinReply(TypedDict):
@@ -360,6 +366,7 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
         "group": (_flag, False),
     },
     "ack": {"box": (is_box_id, True), "ids": (_ids, True)},
+    "forget": {"box": (is_box_id, True), "ids": (_ids, True)},
     "follow": {
         "box": (is_box_id, True),
         "id": (is_work_id, True),
