@@ -66,10 +66,10 @@ def _open() -> Any:
         if _client is None:
             _client = boto3.session.Session().client(
                 "s3",
-                endpoint_url=settings.S3_ENDPOINT_URL,
-                aws_access_key_id=settings.S3_ACCESS_KEY_ID,
-                aws_secret_access_key=settings.S3_SECRET_ACCESS_KEY,
-                region_name=settings.S3_REGION,
+                endpoint_url=settings.S3["endpoint_url"],
+                aws_access_key_id=settings.S3["access_key_id"],
+                aws_secret_access_key=settings.S3["secret_access_key"],
+                region_name=settings.S3["region"],
                 config=Config(
                     connect_timeout=CONNECT_TIMEOUT_SECONDS,
                     read_timeout=READ_TIMEOUT_SECONDS,
@@ -85,7 +85,7 @@ def _open() -> Any:
 
 def _forget_client(*, setting: str, **_: object) -> None:
     global _client
-    if setting.startswith("S3_"):
+    if setting == "S3":
         with _lock:
             _client = None
 
@@ -101,7 +101,7 @@ def _code(error: BaseException | None) -> str:
 
 def _call(what: str, key: str, method: str, **arguments: Any) -> dict[str, Any]:
     try:
-        answer: dict[str, Any] = getattr(_open(), method)(Bucket=settings.S3_BUCKET, **arguments)
+        answer: dict[str, Any] = getattr(_open(), method)(Bucket=settings.S3["bucket"], **arguments)
     except (ClientError, BotoCoreError) as error:
         if _code(error) in _MISSING:
             raise ObjectMissing(what, key, "there is no such object") from error

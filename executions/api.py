@@ -1,0 +1,258 @@
+"""The operations on executions: what they take, what they answer, and the handlers behind them.
+
+In charge of HTTP: parsing, the caller's access, the hold of a wait, the answer. Not in charge of making or stopping
+anything (`services`), of output (`outputs`, `streams`), or of which URL is whose (`routes`). Every handler runs on the
+event loop, since each may wait or touch a host; the database is used through `in_database`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import signal as signals
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from accounts.caps import limits
+from api.asynchronous import Request, Response, StreamResponse, in_database, json_response
+from api.errors import BadRequest, Unavailable, WaitTimedOut
+from api.ids import new_id
+from api.waiting import hub
+from executions import answers, selectors, services, streams
+from executions.models import Status
+from executions.outputs import Stream
+from executions.schemas import (
+    CreateExecutionParameters,
+    KillExecutionRequest,
+    SendStdInRequest,
+    StartExecutionParameters,
+    WaitForCommandRequest,
+)
+from executions.selectors import ExecutionView
+from hostd.messages import STDIN_BODY_MAX
+from hosts.client import HostRefused, HostUnreachable, StaleFence, async_client_for
+
+HOLD_MAX_SECONDS: Final = 25.0
+SYNC_MAX_SECONDS: Final = 6 * 3600.0
+"""The longest execute_sync holds; the command itself has no such limit."""
+KILL_HOLD_SECONDS: Final = 5.0
+START_HOLD_SECONDS: Final = 10.0
+"""How long input waits for a command that is still queued."""
+BODY_MAX: Final = 8 * 1024 * 1024
+"""A command of 1 MiB may take six times that as JSON."""
+LAST_N_DEFAULT: Final = 100
+LAST_N_MAX: Final = 2**31 - 1
+OFFSET_MAX: Final = 2**62
+
+_WHOLE = re.compile(r"[0-9]{1,19}")
+_REQUEST = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+Read = Callable[[], ExecutionView]
+
+
+def _parsed(serializer: Any) -> dict[str, Any]:
+    serializer.is_valid(raise_exception=True)
+    given: dict[str, Any] = serializer.validated_data
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _whole(query: dict[str, str], name: str, default: int, most: int) -> int:
+    text = query.get(name)
+    if text is None:
+        return default
+    if _WHOLE.fullmatch(text) is None:
+        raise BadRequest(f"{name}: must be a whole number, 0 or more")
+    return min(int(text), most)
+
+
+def _last_n(request: Request) -> int:
+    return _whole(request.query, "last_n", LAST_N_DEFAULT, LAST_N_MAX)
+
+
+def _reader(request: Request, execution_id: str | None = None) -> Read:
+    params = request.params
+    devbox_id = params.get("devbox_id") or params["id"]
+    return partial(selectors.access_execution, request.caller, devbox_id, execution_id or params["execution_id"])
+
+
+def _completed(view: ExecutionView) -> bool:
+    return view.completed
+
+
+async def _wait(read: Read, execution_id: str, done: Callable[[ExecutionView], bool], seconds: float) -> ExecutionView:
+    deadline = asyncio.get_running_loop().time() + seconds
+    return await hub.wait_until(execution_id, read, done, deadline)
+
+
+def _refuse_later(given: dict[str, Any], *, stdin: bool) -> None:
+    if given.get("shell_name") is not None:
+        raise BadRequest("shell_name: persistent shells are not available")
+    if given.get("attach_stdin") and not stdin:
+        raise BadRequest("attach_stdin: not available here; use execute_async for a command that reads input")
+
+
+async def execute(request: Request) -> Response:
+    """Run a command under the caller's own id and hold for its end, up to `optimistic_timeout` seconds."""
+    last_n = _last_n(request)
+    given = _parsed(StartExecutionParameters(data=await request.json(BODY_MAX)))
+    _refuse_later(given, stdin=False)
+    new = services.NewExecution(
+        operation="execute",
+        command=given["command"],
+        command_id=given["command_id"],
+        request_id=request.request_id,
+    )
+    execution_id = await in_database(services.create_execution, request.caller, request.params["id"], new)
+    read = _reader(request, execution_id)
+    seconds = min(given.get("optimistic_timeout", HOLD_MAX_SECONDS), HOLD_MAX_SECONDS)
+    view = await _wait(read, execution_id, _completed, seconds)
+    return json_response(await answers.async_view(read, view, last_n))
+
+
+async def execute_async(request: Request) -> Response:
+    """Start a command and answer at once."""
+    given = _parsed(CreateExecutionParameters(data=await request.json(BODY_MAX)))
+    _refuse_later(given, stdin=True)
+    new = services.NewExecution(
+        operation="execute_async",
+        command=given["command"],
+        request_id=request.request_id,
+        attach_stdin=given.get("attach_stdin", False),
+    )
+    execution_id = await in_database(services.create_execution, request.caller, request.params["id"], new)
+    read = _reader(request, execution_id)
+    return json_response(await answers.async_view(read, await in_database(read), LAST_N_DEFAULT))
+
+
+async def execute_sync(request: Request) -> Response:
+    """Run a command and hold until it has ended, for as long as the client stays (it is cancelled when that leaves;
+    the command goes on, and the same x-request-id comes back to it)."""
+    given = _parsed(CreateExecutionParameters(data=await request.json(BODY_MAX)))
+    _refuse_later(given, stdin=False)
+    new = services.NewExecution(operation="execute_sync", command=given["command"], request_id=request.request_id)
+    execution_id = await in_database(services.create_execution, request.caller, request.params["id"], new)
+    read = _reader(request, execution_id)
+    view = await _wait(read, execution_id, _completed, SYNC_MAX_SECONDS)
+    if not view.completed:
+        raise WaitTimedOut(
+            f"execution {execution_id} has not ended after {SYNC_MAX_SECONDS:g} s and goes on; use wait_for_status",
+            headers={"x-should-retry": "false"},
+        )
+    return json_response(await answers.sync_view(read, view))
+
+
+async def get(request: Request) -> Response:
+    """The execution as it is now."""
+    last_n = _last_n(request)
+    read = _reader(request)
+    return json_response(await answers.async_view(read, await in_database(read), last_n))
+
+
+async def wait_for_status(request: Request) -> Response:
+    """Hold until the execution has one of the wanted statuses; 408 when it has none in time, and never before."""
+    last_n = _last_n(request)
+    given = _parsed(WaitForCommandRequest(data=await request.json()))
+    wanted = frozenset(given["statuses"])
+    seconds = min(given.get("timeout_seconds", HOLD_MAX_SECONDS), HOLD_MAX_SECONDS)
+    read = _reader(request)
+
+    def reached(view: ExecutionView) -> bool:
+        return view.status in wanted
+
+    view = await _wait(read, request.params["execution_id"], reached, seconds)
+    if not reached(view):
+        raise WaitTimedOut(
+            f"execution {view.id} was still {view.status} after {seconds:g} s; ask again",
+            headers={"x-should-retry": "true"},
+        )
+    return json_response(await answers.async_view(read, view, last_n))
+
+
+async def kill(request: Request) -> Response:
+    """Stop the command, whatever it does; one that has ended already is simply answered."""
+    given = _parsed(KillExecutionRequest(data=await request.json()))
+    read = _reader(request)
+    view = await in_database(read)
+    if not view.completed:
+        group = given.get("kill_process_group", False)
+        await in_database(services.request_kill, view.id, group=group)
+        view = await _wait(read, view.id, _completed, KILL_HOLD_SECONDS)
+    return json_response(await answers.async_view(read, view, LAST_N_DEFAULT))
+
+
+async def send_std_in(request: Request) -> Response:
+    """Give a running command input, the end of its input, or an interrupt."""
+    given = _parsed(SendStdInRequest(data=await request.json(BODY_MAX)))
+    text, signal = given.get("text"), given.get("signal")
+    if (text is None) == (signal is None):
+        raise BadRequest("give exactly one of text and signal")
+    body = (text or "").encode()
+    if len(body) > STDIN_BODY_MAX:
+        raise BadRequest(f"text: longer than the {STDIN_BODY_MAX} bytes that one call takes")
+    read = _reader(request)
+    view = await in_database(read)
+    if view.status == Status.QUEUED:
+        view = await _wait(read, view.id, lambda now: now.status != Status.QUEUED, START_HOLD_SECONDS)
+        if view.status == Status.QUEUED:
+            raise WaitTimedOut(f"execution {view.id} was still queued after {START_HOLD_SECONDS:g} s; send again")
+    success = False
+    if not view.completed:
+        try:
+            if signal == "INTERRUPT":
+                success = await _interrupt(read, view)
+            elif view.attach_stdin:
+                reply = await async_client_for(view.host_id).stdin(
+                    box=view.devbox_id, id=view.id, request=_request_key(request), eof=signal == "EOF", body=body
+                )
+                success = reply["accepted"]
+        except HostUnreachable as error:
+            raise Unavailable(f"the host of devbox {view.devbox_id} does not answer; send again shortly") from error
+        except HostRefused as error:
+            if error.code in ("busy", "not_ready"):
+                raise Unavailable(f"devbox {view.devbox_id} cannot take input at the moment; send again") from error
+    return json_response({"devbox_id": view.devbox_id, "execution_id": view.id, "success": success})
+
+
+async def _interrupt(read: Read, view: ExecutionView) -> bool:
+    """SIGINT to the command's process group, which needs no attached input."""
+    for left in (1, 0):
+        try:
+            await async_client_for(view.host_id).kill(
+                box=view.devbox_id, id=view.id, fence=view.fence, signal=signals.SIGINT, group=True
+            )
+            return True
+        except StaleFence:
+            # A step or a stop asked the host in between; what is wanted now stands in the row.
+            view = await in_database(read)
+            if view.completed or not left:
+                return False
+    return False
+
+
+def _request_key(request: Request) -> str:
+    """The id by which the host tells a repeated call: the request's own, in the host's alphabet."""
+    given = request.request_id
+    if given is None:
+        return new_id("req")
+    return given if _REQUEST.fullmatch(given) else hashlib.sha256(given.encode()).hexdigest()
+
+
+async def stream_stdout_updates(request: Request) -> StreamResponse:
+    """stdout as server-sent events, from `offset` to its end."""
+    return await _stream(request, "stdout")
+
+
+async def stream_stderr_updates(request: Request) -> StreamResponse:
+    """stderr as server-sent events, from `offset` to its end."""
+    return await _stream(request, "stderr")
+
+
+async def _stream(request: Request, stream: Stream) -> StreamResponse:
+    offset = _whole(request.query, "offset", 0, OFFSET_MAX)
+    read = _reader(request)
+    view = await in_database(read)
+    cap = (await in_database(limits, request.caller.account_id)).open_streams
+    updates = streams.Updates(request.caller.account_id, cap, read, view, stream, offset)
+    return StreamResponse(200, streams.HEADERS, updates)

@@ -1,0 +1,26 @@
+"""Django's entry for the executions app."""
+
+from django.apps import AppConfig
+
+
+class ExecutionsConfig(AppConfig):
+    """Commands in devboxes."""
+
+    name = "executions"
+    verbose_name = "Executions"
+    default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        """Tell the hosts app who answers for `exe_` ids, and the sweep which rows are ours."""
+        from executions import services, tasks  # noqa: F401
+        from hosts import registry
+
+        registry.register(
+            "exe",
+            registry.HostedKind(
+                on_exits=services.finish_executions,
+                expected_on_host=services.expected_on_host,
+                before_destroy=services.before_destroy,
+                after_destroy=services.after_destroy,
+            ),
+        )

@@ -1,0 +1,43 @@
+"""How a command's end is told: the reason kept in the row, and the sentence made of it for people.
+
+In charge of the words. Not in charge of deciding that something ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+ASKED: Final = "asked"
+"""`stop_why` of a stop that came through the API."""
+DEVBOX_ENDING: Final = "devbox_ending"
+"""`stop_why` of commands whose devbox is being torn down."""
+
+_SENTENCES: Final = {
+    ASKED: "it was killed on request",
+    DEVBOX_ENDING: "its devbox ended",
+    "devbox_ended": "its devbox ended",
+    "oom": "it ran out of memory",
+    "killed": "it was killed from outside",
+    "killed_before_start": "it was killed before it started",
+    "lost": "it was lost",
+    "exec_failed": "it could not be started",
+}
+
+
+def stopped_reason(
+    stop_why: str | None, exit_status: int, reason: Mapping[str, object] | None
+) -> dict[str, object] | None:
+    """The reason to keep: a stop that was wanted explains a death, unless the command had ended well before it."""
+    if stop_why is not None and exit_status != 0:
+        return {"kind": stop_why}
+    return dict(reason) if reason is not None else None
+
+
+def why(reason: Mapping[str, Any] | None) -> str | None:
+    """One sentence for a reason; None when the exit status tells everything."""
+    if reason is None:
+        return None
+    sentence = _SENTENCES.get(str(reason.get("kind")), f"it ended: {reason.get('kind')}")
+    detail = reason.get("detail")
+    return f"{sentence}: {detail}" if detail else sentence

@@ -1,0 +1,253 @@
+"""The life of a command, step by step.
+
+    spawn ----> await_exit ----> done          the usual way; the end is mostly written by `services.finish_executions`,
+      |             |  |                       which hears of it from the watcher and beats the step to it
+      |             |  +-------> store -> done outputs too large for the row are copied from the host to S3
+      +--> kill <---+                          somebody wants it stopped
+
+In charge of what is asked of the host and what its answers mean. Not in charge of rows being made (`services`), or of
+anything a client sees. A stop that is wanted diverts from spawn and await_exit to kill, which asks again until the
+command is gone. A host that does not answer is waited for; the host's own reconcile decides when it is lost.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from devboxes import selectors as devboxes
+from devboxes.models import Devbox
+from executions.endings import stopped_reason
+from executions.environment import spawn_body
+from executions.models import Execution, Kept, Status
+from executions.outputs import output_key
+from flows.engine import Flow, Row
+from flows.outcomes import DatabaseNow, Done, LeaseLost, Next, Outcome, Wait
+from hostd.messages import StateReply
+from hosts.client import HostRefused, StaleFence, client_for, outputs
+from storage import objects
+
+SPAWN_HOLD_MS: Final = 25
+"""How long the host may keep the answer to spawn back for a command that ends at once: its exit then comes with it."""
+LOOK_AGAIN_SECONDS: Final = 120.0
+"""How often a running command is asked for although its host reports ends by itself."""
+KILL_AGAIN_SECONDS: Final = 2.0
+BOX_GONE_TRIES: Final = 4
+STORE_SECONDS: Final = 3.0
+"""How long one go of `store` may copy before it writes down how far it came."""
+
+SIGKILL: Final = 9
+
+
+@dataclass(slots=True, kw_only=True)
+class ExecutionRow(Row):
+    """What the steps want to know of an execution."""
+
+    devbox_id: str
+    host_id: str
+    command: str
+    attach_stdin: bool
+    user_name: str
+    user_uid: int
+    user_home: str
+    stop_why: str | None
+    stop_group: bool
+    completed_at: datetime | None
+    out_size: int
+    err_size: int
+    upload: dict[str, Any] | None
+
+
+def at(milliseconds: int | None) -> datetime | None:
+    """A host's time stamp as a datetime."""
+    return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+class ExecutionFlow(Flow[ExecutionRow]):
+    """See the module's docstring."""
+
+    model = Execution
+    queue = "executions"
+    row = ExecutionRow
+
+    def __init__(self) -> None:
+        self.steps: Mapping[str, Callable[[ExecutionRow], Outcome]] = {
+            "spawn": self.spawn,
+            "await_exit": self.await_exit,
+            "kill": self.kill,
+            "store": self.store,
+        }
+
+    def divert(self, row: ExecutionRow) -> str | None:
+        """A stop that is wanted comes before everything but storing what there is."""
+        return "kill" if row.stop_why is not None and row.step in ("spawn", "await_exit") else None
+
+    def expired(self, row: ExecutionRow) -> Outcome | None:
+        """Only the start has a deadline; its row never starts it later, and the host's reconcile stops a stray one."""
+        if row.step != "spawn":
+            return None
+        return self._lost("it could not be started in time: its host did not answer")
+
+    def on_exception(self, row: ExecutionRow, error: Exception) -> Outcome | None:
+        """What a refusal of the host means for the command; None: try again."""
+        if isinstance(error, StaleFence):
+            # Somebody newer spoke for this row: whatever is true, they know it.
+            raise LeaseLost(row.id) from error
+        if not isinstance(error, HostRefused):
+            return None
+        if row.step == "store":
+            if error.code in ("unknown_box", "unknown_id"):
+                return Done({"kept": Kept.NOWHERE, "upload": None, "completed_at": row.completed_at})
+            return None
+        match error.code:
+            case "unknown_id" | "lost":
+                return self._lost(error.message)
+            case "bad_request" | "too_large":
+                return self._ended(row, -1, {"kind": "exec_failed", "detail": error.message})
+            case "unknown_box" if row.attempts >= BOX_GONE_TRIES or not _runs(row.devbox_id):
+                return self._lost("its devbox was gone")
+        return None
+
+    # The steps.
+
+    def spawn(self, row: ExecutionRow) -> Outcome:
+        """Start it. A spawn of an id that the box knows answers with its state and starts nothing."""
+        body = spawn_body(
+            command=row.command,
+            user_name=row.user_name,
+            user_uid=row.user_uid,
+            user_home=row.user_home,
+            devbox_id=row.devbox_id,
+            variables=devboxes.environment(row.devbox_id),
+            attach_stdin=row.attach_stdin,
+        )
+        reply = client_for(row.host_id).spawn(
+            box=row.devbox_id, id=row.id, fence=row.fence, body=body, hold_ms=SPAWN_HOLD_MS
+        )
+        return self._after(row, reply)
+
+    def await_exit(self, row: ExecutionRow) -> Outcome:
+        """Look whether it has ended, in case nobody told."""
+        return self._after(row, client_for(row.host_id).state(box=row.devbox_id, id=row.id))
+
+    def kill(self, row: ExecutionRow) -> Outcome:
+        """Stop it; one that was never started never will be. Asked again until it is gone."""
+        reply = client_for(row.host_id).kill(
+            box=row.devbox_id, id=row.id, fence=row.fence, signal=SIGKILL, group=row.stop_group
+        )
+        if reply["state"] == "exited":
+            return self._exited(row, reply)
+        # Seen running: waiters for that may know, though it will not last.
+        return Wait(KILL_AGAIN_SECONDS, self._running(reply), step="kill")
+
+    def store(self, row: ExecutionRow) -> Outcome:
+        """Copy the outputs to S3, part by part, for a few seconds; then write down how far that came and go on.
+
+        The box's files do not change any more, so a part that is copied twice is the same part.
+        """
+        progress = dict(row.upload or {})
+        until = time.monotonic() + STORE_SECONDS
+        for stream, size in (("stdout", row.out_size), ("stderr", row.err_size)):
+            if size and not progress.get(stream, {}).get("done"):
+                progress[stream] = self._store_stream(row, stream, size, dict(progress.get(stream) or {}), until)
+                if not progress[stream].get("done"):
+                    return Next("store", {"upload": progress})
+        return Done({"kept": Kept.STORE, "upload": None, "completed_at": row.completed_at})
+
+    def _store_stream(
+        self, row: ExecutionRow, stream: str, size: int, progress: dict[str, Any], until: float
+    ) -> dict[str, Any]:
+        key = output_key(row.devbox_id, row.id, stream)
+        if size <= objects.PART_BYTES:
+            objects.put(key, self._read(row, stream, 0, size))
+            return {"done": True}
+        if "id" not in progress:
+            # Left behind when this go is never written down; the bucket's expiry of unfinished uploads takes it.
+            progress = {"id": objects.begin_upload(key), "etags": []}
+        etags: list[str] = progress["etags"]
+        while len(etags) * objects.PART_BYTES < size:
+            row.check()
+            if etags and time.monotonic() >= until:
+                return progress
+            start = len(etags) * objects.PART_BYTES
+            data = self._read(row, stream, start, min(objects.PART_BYTES, size - start))
+            etags.append(objects.put_part(key, progress["id"], len(etags) + 1, data))
+        objects.complete_upload(key, progress["id"], etags, size)
+        return {"done": True}
+
+    def _read(self, row: ExecutionRow, stream: Any, start: int, length: int) -> bytes:
+        got = client_for(row.host_id).read(box=row.devbox_id, id=row.id, stream=stream, offset=start, limit=length)
+        if len(got.data) != length:
+            raise OSError(f"the host gave {len(got.data)} of {length} bytes of {stream} at {start}")
+        return got.data
+
+    # What the host's answers mean.
+
+    def _after(self, row: ExecutionRow, reply: StateReply) -> Outcome:
+        if reply["state"] == "exited":
+            return self._exited(row, reply)
+        pause = LOOK_AGAIN_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311
+        return Wait(pause, self._running(reply), step="await_exit")
+
+    def _running(self, reply: StateReply) -> dict[str, object]:
+        return {"status": Status.RUNNING, "started_at": at(reply.get("started_at_ms")), "deadline_at": None}
+
+    def _exited(self, row: ExecutionRow, reply: StateReply) -> Outcome:
+        found = outputs(reply)
+        out_size, err_size = reply["sizes"]
+        out_dropped, err_dropped = reply.get("dropped") or (0, 0)
+        learnt: dict[str, object] = {
+            "out_size": out_size,
+            "err_size": err_size,
+            "out_dropped": out_dropped,
+            "err_dropped": err_dropped,
+            "started_at": at(reply.get("started_at_ms")),
+            "exited_at": at(reply.get("exited_at_ms")),
+        }
+        if found is not None:
+            learnt |= {"kept": Kept.ROW, "stdout": found[0], "stderr": found[1]}
+        reason = reply.get("reason")
+        return self._ended(row, reply.get("exit", -1), dict(reason) if reason else None, learnt)
+
+    def _ended(
+        self,
+        row: ExecutionRow,
+        exit_status: int,
+        reason: Mapping[str, object] | None,
+        learnt: Mapping[str, object] | None = None,
+    ) -> Outcome:
+        columns: dict[str, object] = {
+            "status": Status.COMPLETED,
+            "exit_status": exit_status,
+            "reason": stopped_reason(row.stop_why, exit_status, reason),
+            "deadline_at": None,
+            **(learnt or {}),
+        }
+        if columns.get("kept", Kept.HOST) == Kept.HOST:
+            if columns.get("out_size") or columns.get("err_size"):
+                return Next("store", {**columns, "completed_at": DatabaseNow()})
+            # Nothing was written, or nothing was ever started.
+            columns |= {"kept": Kept.ROW, "stdout": b"", "stderr": b""}
+        return Done(columns)
+
+    def _lost(self, detail: str) -> Outcome:
+        return Done(
+            {
+                "status": Status.COMPLETED,
+                "exit_status": -1,
+                "reason": {"kind": "lost", "detail": detail},
+                "kept": Kept.NOWHERE,
+                "deadline_at": None,
+            }
+        )
+
+
+def _runs(devbox_id: str) -> bool:
+    return Devbox.objects.filter(pk=devbox_id, status="running").exists()
+
+
+execution_flow = ExecutionFlow()

@@ -1,0 +1,280 @@
+"""Writing executions: making one, asking for its stop, completing it, and closing what a devbox leaves behind.
+
+In charge of every statement that makes or ends an execution outside of its steps. Not in charge of the steps
+(`execution_flow`), or of waiting for anything.
+
+Each function is one guarded statement for the row or the batch; a repetition finds nothing left to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any, Final, Literal
+
+import orjson
+from django.conf import settings
+from django.db import InterfaceError, OperationalError, connection
+
+from api import prepared
+from api.callers import Caller
+from api.errors import BadRequest, NotFound, TooManyRequests
+from api.ids import new_id
+from devboxes import selectors as devboxes
+from devboxes.devbox_flow import devbox_flow
+from executions.endings import ASKED, DEVBOX_ENDING
+from executions.execution_flow import execution_flow
+from executions.models import Kept
+from flows import hints
+from flows.statements import FENCE
+from hosts.registry import ExitEvent, ExpectedExecution
+
+log = logging.getLogger(__name__)
+
+START_WITHIN_SECONDS: Final = 900
+"""A command that no host could be asked to start for this long is given up."""
+COMMAND_ID_MAX: Final = 128
+REQUEST_ID_MAX: Final = 255
+
+Operation = Literal["execute", "execute_async", "execute_sync"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NewExecution:
+    """What a caller asks for. `request_id` is the request's x-request-id."""
+
+    operation: Operation
+    command: str
+    command_id: str | None = None
+    request_id: str | None = None
+    attach_stdin: bool = False
+
+
+# One statement checks that the devbox is the caller's and runs, that the cap leaves room, and makes the row. It is
+# the whole cost of a command in the request that brings it.
+_CREATE: Final = f"""
+INSERT INTO executions_execution
+       (id, devbox_id, account_id, host_id, user_name, user_uid, user_home,
+        command, command_id, request_key, attach_stdin, step, deadline_at)
+SELECT %(id)s, d.id, d.account_id, d.host_id, d.user_name, d.user_uid, d.user_home,
+       %(command)s, %(command_id)s, %(request_key)s, %(attach_stdin)s::boolean, 'spawn',
+       now() + interval '{START_WITHIN_SECONDS} s'
+  FROM devboxes_devbox d
+ WHERE d.id = %(devbox)s AND d.account_id = %(account)s AND d.status = 'running'
+   AND (SELECT count(*) FROM executions_execution e WHERE e.account_id = %(account)s AND e.completed_at IS NULL)
+       < coalesce((SELECT a.max_executions_at_once FROM accounts_account a WHERE a.id = %(account)s), %(cap)s::int)
+ON CONFLICT DO NOTHING
+RETURNING id
+"""
+
+_EARLIER: Final = """
+SELECT id, command, command_id, request_key, attach_stdin
+  FROM executions_execution
+ WHERE devbox_id = %s AND account_id = %s AND (command_id = %s OR request_key = %s)
+ LIMIT 2
+"""
+
+
+def create_execution(caller: Caller, devbox_id: str, new: NewExecution) -> str:
+    """Make the execution, or find the one that an earlier request with the same id made; returns its id.
+
+    Raises NotFound for a devbox that is not the caller's, BadRequest when it is not running, when the command is too
+    long or the id stands for another command, TooManyRequests at the account's cap.
+    """
+    _check(new)
+    request_key = f"{new.operation}:{new.request_id}" if new.request_id is not None else None
+    execution_id = new_id("exe")
+    made = _fetch_one(
+        _CREATE,
+        {
+            "id": execution_id,
+            "devbox": devbox_id,
+            "account": caller.account_id,
+            "command": new.command,
+            "command_id": new.command_id,
+            "request_key": request_key,
+            "attach_stdin": new.attach_stdin,
+            "cap": settings.BERTH.CAP_EXECUTIONS,
+        },
+    )
+    if made is not None:
+        execution_flow.nudge(execution_id)
+        return execution_id
+    # 1. The same request again, or the same command id: it is the same execution, whatever the devbox does by now.
+    if request_key is not None or new.command_id is not None:
+        found = prepared.fetch_all(_EARLIER, (devbox_id, caller.account_id, new.command_id, request_key))
+        if found:
+            return _attach(found, new, request_key)
+    # 2. No devbox of the caller's, or one that does not run.
+    context = devboxes.execution_context(caller, devbox_id)
+    if context.status != "running":
+        raise BadRequest(f"devbox {devbox_id} is {context.status}; commands run only while it is running")
+    # 3. What is left is the cap (or a devbox whose shutdown has just been asked for).
+    raise TooManyRequests(
+        "this account has as many unfinished executions as it may have at once; wait for one to end", retry_after=2
+    )
+
+
+def _check(new: NewExecution) -> None:
+    if len(new.command.encode()) > settings.BERTH.COMMAND_MAX:
+        raise BadRequest(f"command: longer than the {settings.BERTH.COMMAND_MAX} bytes a command may have")
+    if new.command_id is not None and not 0 < len(new.command_id) <= COMMAND_ID_MAX:
+        raise BadRequest(f"command_id: must be 1 to {COMMAND_ID_MAX} characters")
+    if new.request_id is not None and not 0 < len(new.request_id) <= REQUEST_ID_MAX:
+        raise BadRequest(f"x-request-id must be 1 to {REQUEST_ID_MAX} characters")
+
+
+def _attach(found: Sequence[tuple[Any, ...]], new: NewExecution, request_key: str | None) -> str:
+    for execution_id, command, command_id, key, attach_stdin in found:
+        same = command == new.command and attach_stdin == new.attach_stdin
+        if new.command_id is not None and command_id == new.command_id:
+            if not same:
+                raise BadRequest("command_id: this id was used for another command; use a new one")
+            return str(execution_id)
+        if request_key is not None and key == request_key:
+            if not same or command_id != new.command_id:
+                raise BadRequest("x-request-id: this id was used for another request; use a new one")
+            return str(execution_id)
+    raise NotFound("there is no such execution")
+
+
+def request_kill(execution_id: str, *, group: bool) -> None:
+    """Record that the execution shall be stopped; its flow does it. Nothing happens to one that has ended."""
+    execution_flow.request(execution_id, {"stop_why": ASKED, "stop_group": group}, hint=False)
+
+
+# The reason of a stop that was wanted explains the death; outputs that did not come with the exit are to be stored.
+_FINISH: Final = """
+UPDATE executions_execution e
+   SET status = 'completed', completed_at = now(), exit_status = x.code, deadline_at = NULL,
+       reason = CASE WHEN e.stop_why IS NOT NULL AND x.code <> 0 AND x.reason->>'kind' IS DISTINCT FROM 'lost'
+                     THEN jsonb_build_object('kind', e.stop_why) ELSE x.reason END,
+       out_size = x.out_size, err_size = x.err_size, out_dropped = x.out_dropped, err_dropped = x.err_dropped,
+       stdout = x.stdout, stderr = x.stderr, kept = x.kept,
+       started_at = coalesce(to_timestamp(x.started / 1000.0), e.started_at),
+       exited_at = coalesce(to_timestamp(x.exited / 1000.0), now()),
+       step = CASE WHEN x.kept = 'host' THEN 'store' ELSE 'done' END, step_since = now(),
+       wake_at = CASE WHEN x.kept = 'host' THEN now() END, wakes = e.wakes + 1, attempts = 0,
+       lease = NULL, lease_until = NULL, error_code = NULL, error_detail = NULL
+  FROM unnest(%s::text[], %s::text[], %s::int[], %s::jsonb[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[],
+              %s::bytea[], %s::bytea[], %s::text[], %s::bigint[], %s::bigint[])
+       AS x(id, box, code, reason, out_size, err_size, out_dropped, err_dropped, stdout, stderr, kept, started, exited)
+ WHERE e.id = x.id AND e.devbox_id = x.box AND e.completed_at IS NULL
+RETURNING e.id, e.devbox_id, e.step, e.stop_why
+"""
+
+
+def finish_executions(events: Sequence[ExitEvent]) -> list[str]:
+    """Complete what has ended, in one statement for the batch, and return the ids a host may forget: all of them.
+
+    The first to write an end wins, whoever holds the row: a step that is still at work loses its lease. Committed
+    (synchronously) before it returns. An event that comes again, or of a row that is not there, changes nothing.
+    """
+    if not events:
+        return []
+    latest = {event.id: event for event in events}
+    batch = list(latest.values())
+    finished = _fetch_all(
+        _FINISH,
+        (
+            [event.id for event in batch],
+            [event.box for event in batch],
+            [event.exit for event in batch],
+            [None if event.reason is None else orjson.dumps(event.reason).decode() for event in batch],
+            [event.out_size for event in batch],
+            [event.err_size for event in batch],
+            [event.out_dropped for event in batch],
+            [event.err_dropped for event in batch],
+            [event.stdout for event in batch],
+            [event.stderr for event in batch],
+            [_kept(event) for event in batch],
+            [event.started_at_ms for event in batch],
+            [event.exited_at_ms for event in batch],
+        ),
+    )
+    hints.publish(*[row[0] for row in finished])
+    for execution_id, _, step, _ in finished:
+        if step == "store":
+            execution_flow.nudge(execution_id)
+    devboxes_ending = {devbox_id for _, devbox_id, _, stop_why in finished if stop_why == DEVBOX_ENDING}
+    if devboxes_ending:
+        devbox_flow.wake(*devboxes_ending)
+    return list(latest)
+
+
+def _kept(event: ExitEvent) -> str:
+    if event.stdout is not None and event.stderr is not None:
+        return Kept.ROW
+    if event.reason is not None and event.reason.get("kind") == "lost":
+        return Kept.NOWHERE
+    return Kept.HOST
+
+
+def expected_on_host(host_id: str) -> list[ExpectedExecution]:
+    """The executions whose rows say that they run on that host: it has acknowledged them and told no end."""
+    rows = _fetch_all(
+        "SELECT id, devbox_id, fence FROM executions_execution "
+        "WHERE completed_at IS NULL AND host_id = %s AND step IN ('await_exit', 'kill') AND status = 'running'",
+        (host_id,),
+    )
+    return [ExpectedExecution(id=row[0], box=row[1], fence=row[2]) for row in rows]
+
+
+_STOP_ALL: Final = f"""
+UPDATE executions_execution
+   SET stop_why = %s, stop_group = true, wakes = wakes + 1, wake_at = now(), attempts = 0,
+       lease = NULL, lease_until = NULL, fence = {FENCE.format("")}
+ WHERE devbox_id = %s AND completed_at IS NULL AND stop_why IS NULL
+RETURNING id
+"""
+_LEFT: Final = """
+SELECT EXISTS (SELECT 1 FROM executions_execution WHERE devbox_id = %s AND completed_at IS NULL)
+    OR EXISTS (SELECT 1 FROM executions_execution WHERE devbox_id = %s AND wake_at IS NOT NULL AND step = 'store')
+"""
+
+
+def before_destroy(devbox_id: str) -> bool:
+    """Stop what still runs in a devbox that is going away. True once all have ended and their outputs are kept.
+
+    The devbox is woken when the last end comes in.
+    """
+    for (execution_id,) in _fetch_all(_STOP_ALL, (DEVBOX_ENDING, devbox_id)):
+        execution_flow.nudge(execution_id)
+    left = _fetch_all(_LEFT, (devbox_id, devbox_id))
+    return not left[0][0]
+
+
+_CLOSE_ALL: Final = """
+UPDATE executions_execution
+   SET status = 'completed', exit_status = coalesce(exit_status, %s), reason = coalesce(reason, %s::jsonb),
+       completed_at = coalesce(completed_at, now()), exited_at = coalesce(exited_at, now()), deadline_at = NULL,
+       kept = 'nowhere', upload = NULL, step = 'done', step_since = now(), wake_at = NULL, wakes = wakes + 1,
+       lease = NULL, lease_until = NULL
+ WHERE devbox_id = %s AND (completed_at IS NULL OR (step = 'store' AND wake_at IS NOT NULL))
+RETURNING id
+"""
+
+
+def after_destroy(devbox_id: str, reason: str) -> None:
+    """The devbox's box is gone: what has not ended ends as killed, or as lost with a devbox that failed without saying
+    how; outputs that were not copied are gone. `reason` is the devbox's shutdown or failure reason."""
+    exit_status = -1 if reason == "health_check_failed" else 137
+    told = orjson.dumps({"kind": "devbox_ended", "detail": reason}).decode()
+    closed = _fetch_all(_CLOSE_ALL, (exit_status, told, devbox_id))
+    hints.publish(*[row[0] for row in closed])
+
+
+def _fetch_one(sql: str, params: Any) -> tuple[Any, ...] | None:
+    rows = _fetch_all(sql, params)
+    return rows[0] if rows else None
+
+
+def _fetch_all(sql: str, params: Any) -> list[tuple[Any, ...]]:
+    """One statement; a broken connection is dropped, so that this thread's next statement dials again."""
+    try:
+        return prepared.fetch_all(sql, params)
+    except (OperationalError, InterfaceError):
+        if not connection.in_atomic_block:
+            connection.close()
+        raise

@@ -1,0 +1,221 @@
+"""Output as it happens: the server-sent events of stream_stdout_updates and stream_stderr_updates.
+
+In charge of: following an output from a byte offset to its end, over a lost connection to the host and over the move
+of the output to where it is kept; events, heartbeats and error events. Not in charge of HTTP or of who may read.
+
+What clients depend on:
+
+1. An event carries text and the raw byte offset just after it, so a reconnect with that offset loses and repeats
+   nothing. No event ends inside a character; bytes that are not UTF-8 become U+FFFD.
+2. Silence is filled with comments, which no decoder takes for an event. There is never an `id:` line.
+3. A clean end means that the command has ended and all of its output was sent. Anything else says so first: error
+   408 when coming back with the last offset will go on, 500 when bytes are gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
+
+import orjson
+
+from api.asynchronous import going_down
+from api.errors import ApiError, TooManyRequests
+from api.threads import in_database
+from api.waiting import hub
+from executions import endings
+from executions.models import Kept, Status
+from executions.outputs import OutputMoved, Stream, piece
+from executions.selectors import ExecutionView
+from executions.utf8 import Piece, TextCutter
+from hosts.client import HostRefused, HostUnreachable, async_client_for
+from storage.objects import StorageError
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS: Final = 10.0
+TROUBLE_SECONDS: Final = 20.0
+"""How long a stream tries by itself to get on before it sends its client the 408. Clients come back at once, without
+a pause, so this is also what keeps them from coming in a loop."""
+RETRY_FIRST_SECONDS: Final = 0.25
+RETRY_CAP_SECONDS: Final = 4.0
+PIECE_BYTES: Final = 256 * 1024
+EVENT_BYTES: Final = 64 * 1024
+
+HEADERS: Final = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+COMMENT: Final = b": keep-alive\n\n"
+
+
+class Interrupted(Exception):
+    """Coming back with the last offset will go on."""
+
+
+class OutputLost(Exception):
+    """Bytes that were written are gone."""
+
+
+_open: collections.Counter[str] = collections.Counter()
+
+
+class Updates:
+    """The body of one streaming answer. Counts against its account's open streams until it is closed."""
+
+    def __init__(
+        self,
+        account_id: str,
+        cap: int,
+        read: Callable[[], ExecutionView],
+        view: ExecutionView,
+        stream: Stream,
+        offset: int,
+    ) -> None:
+        """Raises TooManyRequests at the cap, which is per server process."""
+        if _open[account_id] >= cap:
+            raise TooManyRequests(f"this account has {cap} streams open, as many as it may; close one", retry_after=5)
+        _open[account_id] += 1
+        self._account_id: str | None = account_id
+        self._events = _events(read, view, stream, offset)
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        return await anext(self._events)
+
+    async def aclose(self) -> None:
+        """Stop following and give the place back. Safe to call twice."""
+        account_id, self._account_id = self._account_id, None
+        if account_id is not None:
+            _open[account_id] -= 1
+            if not _open[account_id]:
+                del _open[account_id]
+        await self._events.aclose()
+
+
+async def _events(
+    read: Callable[[], ExecutionView], view: ExecutionView, stream: Stream, offset: int
+) -> Any:  # an AsyncGenerator[bytes, None]
+    cutter = TextCutter(offset)
+    yield COMMENT  # the head goes out with it, however long the first byte takes
+    try:
+        async for data in _with_heartbeats(_follow(read, view, stream, offset)):
+            if data is None:
+                yield COMMENT
+                continue
+            for at in range(0, len(data), EVENT_BYTES):
+                found = cutter.feed(data[at : at + EVENT_BYTES])
+                if found is not None:
+                    yield _update(found)
+        last = cutter.finish()
+        if last is not None:
+            yield _update(last)
+    except Interrupted as error:
+        yield _error(408, str(error))
+    except OutputLost as error:
+        yield _error(500, str(error))
+    except ApiError as error:
+        # The row could not be read again: gone for good, or the database is away for a moment.
+        yield _error(500 if error.status == 404 else 408, error.message)
+    except Exception:
+        log.exception("the stream of %s of %s broke", stream, view.id)
+        yield _error(408, "the stream broke on our side; it goes on from the last offset")
+
+
+def _update(found: Piece) -> bytes:
+    return b"data: " + orjson.dumps({"output": found.text, "offset": found.end}) + b"\n\n"
+
+
+def _error(code: int, message: str) -> bytes:
+    return b"event: error\ndata: " + orjson.dumps({"code": code, "message": message}) + b"\n\n"
+
+
+async def _with_heartbeats(source: Any) -> AsyncIterator[bytes | None]:
+    """What `source` yields, None whenever it has been silent for HEARTBEAT_SECONDS.
+
+    Raises Interrupted when the server is being stopped.
+    """
+    stopping = asyncio.ensure_future(going_down.wait())
+    upcoming: asyncio.Future[bytes] | None = None
+    try:
+        while True:
+            if upcoming is None:
+                upcoming = asyncio.ensure_future(anext(source))
+            await asyncio.wait({upcoming, stopping}, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if upcoming.done():
+                try:
+                    data = upcoming.result()
+                except StopAsyncIteration:
+                    return
+                finally:
+                    upcoming = None
+                yield data
+            elif stopping.done():
+                raise Interrupted("the server is being restarted; the stream goes on from the last offset")
+            else:
+                yield None
+    finally:
+        stopping.cancel()
+        if upcoming is not None:
+            upcoming.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception, StopAsyncIteration):
+                await upcoming
+        await source.aclose()
+
+
+async def _follow(
+    read: Callable[[], ExecutionView], view: ExecutionView, stream: Stream, offset: int
+) -> Any:  # an AsyncGenerator[bytes, None]
+    """The raw bytes from `offset` to the end of the output. Raises Interrupted, OutputLost, and what `read` raises."""
+    loop = asyncio.get_running_loop()
+    position = offset
+    trouble_since: float | None = None
+    pause = RETRY_FIRST_SECONDS
+    async with hub.watch(view.id) as changed:
+        if not view.completed:
+            view = await in_database(read)  # what changed before we listened
+        while True:
+            trouble = ""
+            try:
+                if view.status == Status.QUEUED:
+                    await changed.wait(hub.reread_after())
+                elif view.completed and view.kept == Kept.NOWHERE:
+                    raise OutputLost(f"the output of execution {view.id} was lost: {endings.why(view.reason)}")
+                elif view.completed and view.kept != Kept.HOST:
+                    while data := await piece(view, stream, position, PIECE_BYTES):
+                        position += len(data)
+                        yield data
+                    return
+                else:
+                    following = async_client_for(view.host_id).follow(
+                        box=view.devbox_id, id=view.id, stream=stream, offset=position
+                    )
+                    async with following:
+                        async for data in following:
+                            position += len(data)
+                            trouble_since, pause = None, RETRY_FIRST_SECONDS
+                            yield data
+                    trailer = following.trailer
+                    if trailer is not None and trailer.get("complete"):
+                        return
+                    trouble = "the host ended the stream early"
+            except (HostUnreachable, HostRefused, OutputMoved, StorageError) as error:
+                trouble = str(error)
+            if trouble:
+                now = loop.time()
+                trouble_since = trouble_since or now
+                if now - trouble_since >= TROUBLE_SECONDS:
+                    log.info("the stream of %s of %s could not go on: %s", stream, view.id, trouble)
+                    raise Interrupted(
+                        "the output cannot be read at the moment; the stream goes on from the last offset"
+                    )
+                await changed.wait(pause)
+                pause = min(RETRY_CAP_SECONDS, pause * 2)
+            view = await in_database(read)
