@@ -9,6 +9,7 @@ part with Django).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -68,7 +69,7 @@ class Installation:
             self.say(f"roles        run as root: {user.name} cannot reach {sys.executable} or {CHECKOUT}")
         self.supervisor.start(prepared.services)
         servers.finish(self.state, prepared)
-        facts = self.prepare("database", within=120.0)
+        facts = self.prepare("database", *self._known_secrets(), within=120.0)
         self._store_secrets(facts)
         self.supervisor.start(self.role_services())
         self._hosts_may_run = True
@@ -130,6 +131,13 @@ class Installation:
         if self.options.pool_gb is not None:
             arguments += ["--pool-gb", str(self.options.pool_gb)]
         return arguments
+
+    def _known_secrets(self) -> list[str]:
+        known = []
+        if self.state.api_key_file.exists():
+            key = self.state.api_key_file.read_text().strip()
+            known += ["--key-sha256", hashlib.sha256(key.encode()).hexdigest()]
+        return known + (["--admin-known"] if self.state.admin_file.exists() else [])
 
     def _store_secrets(self, facts: dict[str, Any]) -> None:
         """Secrets are shown once by the code that makes them; they go to files that only the owner reads."""

@@ -1,0 +1,113 @@
+"""The steps of ``make up`` and of its stop that need Django: rows, the bucket, the host.  ``python -m config.prepare VERB``.
+
+In charge of making them once and finding them again: every verb may run any number of times.  Prints progress as lines that begin
+with ``# `` and ends with one JSON line of facts, secrets that were made now among them; ``config.up`` puts those into files.
+Not in charge of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+#: The account that ``make up`` makes for the person at this machine, its key, and the operator of the admin.
+ACCOUNT, KEY, OPERATOR = "local", "make up", "operator"
+
+
+def say(text: str) -> None:
+    """A progress line for the supervisor to show."""
+    sys.stdout.write(f"# {text}\n")
+    sys.stdout.flush()
+
+
+def database(options: argparse.Namespace) -> dict[str, Any]:
+    """Migrations, the bucket, the account with its key, and the operator."""
+    from django.core.management import call_command
+    from django.db import connection, transaction
+    from django.db.migrations.executor import MigrationExecutor
+
+    from storage import objects
+
+    executor = MigrationExecutor(connection)
+    missing = executor.migration_plan(executor.loader.graph.leaf_nodes())
+    if missing:
+        say(f"{len(missing)} migrations to apply")
+        call_command("migrate", interactive=False, verbosity=0)
+    objects.ensure_bucket()
+    with transaction.atomic():
+        return _account(options.key_sha256) | _operator(options.admin_known)
+
+
+def _account(key_sha256: str | None) -> dict[str, Any]:
+    from accounts.models import Account, ApiKey
+    from accounts.services import create_account, create_key, create_member
+
+    account = Account.objects.filter(name=ACCOUNT).order_by("created_at").first()
+    if account is None:
+        account = create_account(ACCOUNT)
+        create_member(account.pk, OPERATOR)
+        say(f"account {account.pk} made")
+    facts = {"account_id": account.pk}
+    alive = key_sha256 and ApiKey.objects.filter(
+        account=account, secret_sha256=bytes.fromhex(key_sha256), revoked_at=None, expires_at=None
+    )
+    if alive and alive.exists():
+        return facts
+    member = account.members.order_by("created_at").first()
+    row, secret = create_key(account.pk, KEY, member=member.pk if member else None)
+    say(f"API key {row.prefix}… made")
+    return facts | {"api_key": secret}
+
+
+def _operator(known: bool) -> dict[str, Any]:
+    from django.contrib.auth import get_user_model
+
+    users = get_user_model().objects
+    operator = users.filter(username=OPERATOR).first()
+    if operator is not None and known:
+        return {"admin_user": OPERATOR}
+    password = secrets.token_urlsafe(15)
+    if operator is None:
+        users.create_superuser(OPERATOR, password=password)
+        say("operator of the admin made")
+    else:
+        operator.set_password(password)
+        operator.save(update_fields=["password"])
+        say("operator of the admin given a new password: the old one's file is gone")
+    return {"admin_user": OPERATOR, "admin_password": password}
+
+
+VERBS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "database": database,
+}
+
+
+def main() -> None:
+    """Run one verb with Django ready."""
+    import os
+
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+    import django
+
+    parser = argparse.ArgumentParser(prog="python -m config.prepare")
+    parser.add_argument("verb", choices=sorted(VERBS))
+    parser.add_argument("--key-sha256", help="digest of the key that the state folder holds")
+    parser.add_argument("--admin-known", action="store_true", help="the state folder holds the operator's password")
+    parser.add_argument("--port", type=int, help="where the loopback sshd listens")
+    parser.add_argument("--key-file", help="the private key that enrols this machine")
+    parser.add_argument("--root", help="the host's folder, when not the usual one")
+    parser.add_argument("--pool-gb", type=int, help="size of the pool of disks, when not the usual one")
+    options = parser.parse_args()
+    django.setup()
+    began = time.monotonic()
+    facts = VERBS[options.verb](options)
+    sys.stdout.write(json.dumps(facts | {f"{options.verb}_seconds": round(time.monotonic() - began, 2)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
