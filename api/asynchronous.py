@@ -24,6 +24,7 @@ from api.bodies import Body, ClientGone, Receive, Scope, Send, declared_length
 from api.callers import Caller
 from api.errors import ApiError, BadRequest, Forbidden, Unauthorized, to_api_error
 from api.permissions import READ_ONLY_MESSAGE
+from api.stopping import going_down
 from api.threads import in_database
 from api.validation import parse_object
 
@@ -42,25 +43,6 @@ __all__ = [
 log = logging.getLogger("api.asynchronous")
 
 JSON_LIMIT = 1 << 20
-
-
-class GoingDown:
-    """Whether this process has been asked to stop: streams say so to their client and end."""
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-
-    def begin(self) -> None:
-        self._event.set()
-
-    def is_set(self) -> bool:
-        return self._event.is_set()
-
-    async def wait(self) -> None:
-        await self._event.wait()
-
-
-going_down = GoingDown()
 
 
 @dataclasses.dataclass(slots=True)

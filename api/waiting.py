@@ -20,6 +20,7 @@ import redis.asyncio
 from django.conf import settings
 
 from api.bodies import ClientGone
+from api.stopping import going_down
 from api.threads import in_database
 
 log = logging.getLogger("api.waiting")
@@ -155,14 +156,15 @@ class Hub:
         """Read, in a database thread, until ``done`` or until ``deadline`` (the loop's time); the last value.
 
         The caller tells the two apart by asking ``done`` again. Raises ClientGone once ``gone`` is done, and whatever
-        ``read`` raises. The row is read at least once, and once more at the deadline.
+        ``read`` raises. The row is read at least once, and once more at the deadline. A process that is going down
+        ends every wait early.
         """
         loop = asyncio.get_running_loop()
         async with self.watch(name) as changed:
             while True:
                 value = await in_database(read)
                 left = deadline - loop.time()
-                if done(value) or left <= 0:
+                if done(value) or left <= 0 or going_down.is_set():
                     return value
                 if gone is not None and gone.done():
                     raise ClientGone

@@ -19,15 +19,17 @@ django.setup(set_prefix=False)
 
 from django.urls import get_resolver
 
-from api.asynchronous import Routes, going_down, serve
+from api.asynchronous import Routes, serve
 from api.bodies import Receive, Scope, Send
+from api.stopping import going_down
 from api.waiting import hub
-from config import websockets
+from config import stopping, websockets
 from config.routes import async_routes, websocket_routes
 from config.wsgi_bridge import Bridge
 
 log = logging.getLogger("config.asgi")
 
+stopping.listen_for_stop()
 bridge = Bridge()
 routes = Routes(async_routes())
 _websocket = websockets.application(websocket_routes())

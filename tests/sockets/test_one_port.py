@@ -9,6 +9,8 @@ import time
 import httpx
 import pytest
 
+from tests.sockets.conftest import start_granian
+
 
 @pytest.mark.parametrize(("http1", "http2", "version"), [(True, False, "HTTP/1.1"), (False, True, "HTTP/2")])
 def test_both_versions_of_http(served, key, http1, http2, version):
@@ -110,3 +112,16 @@ def test_underscored_headers_do_not_pass_for_dashed_ones(served, key):
             f"authorization: Bearer {key.secret}\r\ncontent-length: 2\r\n\r\n{{}}".encode()
         )
         assert raw.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_streams_hear_that_the_server_stops(redis_server, key, tmp_path):
+    served = start_granian(tmp_path, redis_server.url)
+    try:
+        with httpx.stream("GET", f"{served.url}/v1/t/until_down", headers=key.headers, timeout=10) as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == "data: up"
+            served.process.terminate()
+            assert [line for line in lines if line] == ["data: down"]
+        assert served.process.wait(10) == 0
+    finally:
+        served.stop()
