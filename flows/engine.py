@@ -203,7 +203,7 @@ class Flow(Generic[R]):
                 for _ in range(STEPS_IN_PLACE):
                     if not self._advance_once(row):
                         return
-                self._retry(row, "too_many_steps", f"{STEPS_IN_PLACE} steps in one go: the rest follows later")
+                self.settle(row, Wait(0))  # others want this thread too
         except LeaseLost:
             log.info("%s: the lease of %s was lost in step %s", self.queue, row.id, row.step)
         except Error:
@@ -294,7 +294,7 @@ class Flow(Generic[R]):
         transaction.on_commit(lambda: nudge.publish(self.queue, self.task, pk))
 
 
-def _query(sql: str, params: Sequence[object]) -> list[Any]:
+def _query(sql: str, params: Sequence[Any]) -> list[Any]:
     """One statement, one transaction (unless the caller has one open). A broken connection is dropped, so that this
     thread's next statement dials again."""
     try:
@@ -307,14 +307,14 @@ def _query(sql: str, params: Sequence[object]) -> list[Any]:
         raise
 
 
-def _write(sql: str, params: Sequence[object], also: Callable[[Any], bool] | None) -> tuple[Any, ...] | None:
+def _write(sql: str, params: Sequence[Any], also: Callable[[Any], bool] | None) -> tuple[Any, ...] | None:
     if also is None:
         found = _query(sql, params)
         return tuple(found[0]) if found else None
     try:
         with transaction.atomic(), connection.cursor() as cursor:
             cursor.execute(sql, params)
-            found_row = cursor.fetchone()
+            found_row: tuple[Any, ...] | None = cursor.fetchone()
             if found_row is not None and not also(cursor):
                 raise _AlsoRefused
             return found_row

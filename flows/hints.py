@@ -12,4 +12,4 @@ CHANNEL = "hints"
 def publish(*ids: str) -> None:
     """Tell every waiting process that these rows changed. Never raises; does nothing while Redis is away."""
     if ids:
-        broker.command("PUBLISH", CHANNEL, ",".join(ids))
+        broker.command("PUBLISH", CHANNEL, " ".join(ids))

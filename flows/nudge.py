@@ -57,12 +57,12 @@ class Broker:
         try:
             client = self._open()
             try:
-                client.execute_command(*words)
+                client.execute_command(*words)  # type: ignore[no-untyped-call]
             except redis.TimeoutError:
                 raise
             except redis.ConnectionError:
                 # A pooled connection from before a restart: one fresh try, which fails at once if nobody listens.
-                client.execute_command(*words)
+                client.execute_command(*words)  # type: ignore[no-untyped-call]
         except (redis.RedisError, OSError) as error:
             self._down_until = time.monotonic() + DOWN_FOR_SECONDS
             log.warning("Redis did not take %s: %s", words[0], error)

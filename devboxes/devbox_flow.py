@@ -1,0 +1,342 @@
+"""The flow of a devbox: one step each for finding it a place, its disk, its box, its launch work, and its end.
+
+In charge of: the steps and what their failures mean. Not in charge of: which moves are legal (`devboxes.states`), what
+the launch work is (`devboxes.launch`), or requests from outside (`devboxes.services`, `devboxes.hosted`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from devboxes import launch, logs, states
+from devboxes.models import Devbox
+from flows.engine import Flow, Row, Settled
+from flows.outcomes import DatabaseNow, Done, LeaseLost, Next, Outcome, Wait
+from flows.statements import Alongside
+from hosts import placement, registry
+from hosts.client import HostClient, HostRefused, HostUnreachable, StaleFence, client_for, outputs
+from hosts.models import Host, HostState
+
+MIB = 1 << 20
+PIDS = 4096
+PLACE_AGAIN_SECONDS = 1.0
+LAUNCH_LOOK_SECONDS = 15.0
+"""An exit wakes the flow; this is for one that nobody reported."""
+LAUNCH_HOLD_MS = 300
+LAUNCH_SLICE = timedelta(seconds=3)
+RUNNING_LOOK_SECONDS = 3600.0
+BEFORE_DESTROY = timedelta(seconds=60)
+BEFORE_DESTROY_AGAIN_SECONDS = 0.5
+TAIL_BYTES = 64 * 1024
+WHY_LIMIT = 2000
+WHY_LINES = 10
+
+
+@dataclass(slots=True, kw_only=True)
+class DevboxRow(Row):
+    """What the steps see of a devbox. Its secrets and texts are read by the launch step alone."""
+
+    status: str
+    host_id: str | None
+    reserved: bool
+    image_id: str
+    architecture: str
+    cpu_millis: int
+    memory_mb: int
+    disk_mb: int
+    keep_alive_seconds: int
+    end_at: datetime | None
+    ended_at: datetime | None
+    launch_index: int
+    launch_total: int
+    failure_reason: str | None
+    shutdown_reason: str | None
+    why: str
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """What is promised to it: CPU in thousandths, memory and disk in MiB."""
+        return self.cpu_millis, self.memory_mb, self.disk_mb
+
+
+def transition(status: str, failure_reason: str | None) -> Alongside:
+    """The public transition row that goes with a change of status."""
+    return Alongside(
+        "INSERT INTO devboxes_devboxtransition (devbox_id, status, at, failure_reason) "
+        "SELECT id, %s, clock_timestamp(), %s FROM settled",
+        (status, failure_reason),
+    )
+
+
+def entering(step: str) -> dict[str, object]:
+    """The columns that follow from being in a step, for those who put a devbox there."""
+    seconds = states.seconds_for(step)
+    status = states.STATUS[step]
+    columns: dict[str, object] = {"status": status, "deadline_at": DatabaseNow(seconds) if seconds else None}
+    if status in states.OVER:
+        columns["ended_at"] = DatabaseNow()
+    return columns
+
+
+def fail(reason: str, why: str) -> Next:
+    """The devbox has failed: take its box apart and say why."""
+    return Next(states.CLEAN_UP, {"failure_reason": reason, "why": why[:WHY_LIMIT]})
+
+
+class DevboxFlow(Flow[DevboxRow]):
+    """See `devboxes.states` for the picture."""
+
+    model = Devbox
+    queue = "devboxes"
+    row = DevboxRow
+
+    def __init__(self) -> None:
+        self.steps: dict[str, Callable[[DevboxRow], Outcome]] = {
+            states.PLACE: self.place,
+            states.PREPARE_DISK: self.prepare_disk,
+            states.BOOT: self.boot,
+            states.LAUNCH: self.launch,
+            states.RUNNING: self.running,
+            states.TEARDOWN: self.teardown,
+            states.CLEAN_UP: self.clean_up,
+        }
+
+    # What the engine asks.
+
+    def settled(self, row: DevboxRow, step: str, outcome: Outcome) -> Settled:
+        """Status, deadline and public transition follow from the step."""
+        if step == row.step:
+            return Settled(hint=False)
+        if not states.may_move(row.step, step):
+            raise RuntimeError(f"devbox {row.id} may not go from {row.step} to {step}")
+        columns = entering(step)
+        if columns["status"] == row.status:
+            columns.pop("ended_at", None)
+            return Settled(columns, hint=isinstance(outcome, Done))
+        reason = outcome.learnt.get("failure_reason")
+        return Settled(columns, transition(str(columns["status"]), str(reason) if reason else None))
+
+    def expired(self, row: DevboxRow) -> Outcome | None:
+        """Past a step's time the devbox fails, naming the clock that fired."""
+        seconds = states.seconds_for(row.step)
+        if seconds is None:
+            return None
+        last = f"; the last trouble was: {row.why}" if row.why else ""
+        if row.step == states.PLACE:
+            return fail("health_check_failed", f"no host had room for it within {seconds:g} s{last}")
+        if row.step == states.LAUNCH:
+            return fail("execution_failed", f"its launch work took longer than {seconds:g} s{last}")
+        return fail("health_check_failed", f"{row.step} took longer than {seconds:g} s{last}")
+
+    def on_exception(self, row: DevboxRow, error: Exception) -> Outcome | None:
+        """What a host's refusal means. Being unreachable means: try again until the step's time is up."""
+        if isinstance(error, StaleFence):
+            raise LeaseLost(row.id) from error
+        if row.step in (states.TEARDOWN, states.CLEAN_UP):
+            return None
+        if isinstance(error, HostRefused):
+            if error.code == "no_space":
+                return fail("out_of_disk", f"its host has no space left: {error.message}")
+            if error.code in ("unknown_image", "unknown_box", "lost", "bad_request", "unknown_verb"):
+                return fail("health_check_failed", f"its host refused {row.step}: {error.message}")
+        if isinstance(error, HostUnreachable) and row.host_id and host_is_lost(row.host_id):
+            return fail("health_check_failed", f"its host was lost: {error.reason}")
+        return None
+
+    # The steps.
+
+    def place(self, row: DevboxRow) -> Outcome:
+        """Promise it room on a host; wait while all are full."""
+        hosts = placement.choose(*row.size, row.architecture, limit=1)
+        if not hosts:
+            return Wait(PLACE_AGAIN_SECONDS)
+        host_id = hosts[0]
+        image = Host.objects.values_list("image_id", flat=True).get(pk=host_id)
+        return Next(
+            states.PREPARE_DISK,
+            {"host_id": host_id, "image_id": image, "reserved": True},
+            also=lambda cursor: placement.reserve(cursor, host_id, *row.size),
+        )
+
+    def prepare_disk(self, row: DevboxRow) -> Outcome:
+        """Have its disk made, or a warm box claimed for it."""
+        reply = self._host(row).prepare_disk(
+            box=row.id, fence=row.fence, image=row.image_id, disk_bytes=row.disk_mb * MIB
+        )
+        return Next(states.BOOT, {"slot": reply["slot"]})
+
+    def boot(self, row: DevboxRow) -> Outcome:
+        """Have its box started."""
+        reply = self._host(row).boot(
+            box=row.id,
+            fence=row.fence,
+            cpu_millis=row.cpu_millis,
+            memory_bytes=row.memory_mb * MIB,
+            pids=PIDS,
+            disk_bytes=row.disk_mb * MIB,
+            hostname=row.id.replace("_", "-"),
+        )
+        learnt = {"slot": reply["slot"], "address": reply["address"], "seen": "up", "seen_at": DatabaseNow()}
+        return Next(states.LAUNCH, learnt)
+
+    def launch(self, row: DevboxRow) -> Outcome:
+        """Run its launch work, one piece after the other; sleep while one runs."""
+        if row.launch_index >= row.launch_total:
+            return self._start(row, row.launch_index, [])
+        work = launch.plan(row.id)
+        host, index, entries = self._host(row), row.launch_index, list[logs.Entry]()
+        began = datetime.now()
+        while index < len(work):
+            row.check()
+            piece = work[index]
+            state = host.spawn(
+                box=row.id,
+                id=piece.id,
+                fence=row.fence,
+                body=piece.body,
+                hold_ms=LAUNCH_HOLD_MS if piece.awaited else None,
+            )
+            if piece.awaited and state["state"] == "running":
+                # The entry about its start is written with the first sleep, and only then.
+                return Wait(LAUNCH_LOOK_SECONDS, {"launch_index": index}, also=_log(row.id, entries))
+            if not piece.awaited:
+                entries.append(logs.Entry(piece.source, piece.id, cmd=piece.title))
+                index += 1
+                continue
+            ended = _ended(host, row.id, piece, state)
+            entries += ended.entries
+            if ended.failure is not None:
+                reason, why = ended.failure
+                failure = fail(reason, f"launch work {index + 1} of {len(work)} ({_short(piece.title)}) {why}")
+                return Next(failure.step, failure.learnt, also=_log(row.id, entries))
+            index += 1
+            if datetime.now() - began > LAUNCH_SLICE and index < len(work):
+                return Next(states.LAUNCH, {"launch_index": index}, also=_log(row.id, entries))
+        return self._start(row, index, entries)
+
+    def _start(self, row: DevboxRow, index: int, entries: Sequence[logs.Entry]) -> Outcome:
+        learnt = {
+            "launch_index": index,
+            "started_at": DatabaseNow(),
+            "last_activity_at": DatabaseNow(),
+            "end_at": DatabaseNow(row.keep_alive_seconds),
+        }
+        seconds = min(row.keep_alive_seconds, RUNNING_LOOK_SECONDS)
+        return Wait(seconds, learnt, also=_log(row.id, entries) if entries else None, step=states.RUNNING)
+
+    def running(self, row: DevboxRow) -> Outcome:
+        """Nothing, until its keep-alive time is over by the database's clock."""
+        if row.end_at is None:
+            return Wait(row.keep_alive_seconds, {"end_at": DatabaseNow(row.keep_alive_seconds)})
+        left = (row.end_at - row.now).total_seconds()
+        if left > 0:
+            return Wait(min(left, RUNNING_LOOK_SECONDS))
+        why = f"its keep-alive time of {row.keep_alive_seconds} s is over"
+        return Next(states.TEARDOWN, {"wants": "shutdown", "shutdown_reason": "keep_alive_timeout", "why": why})
+
+    def teardown(self, row: DevboxRow) -> Outcome:
+        """Take its box apart after it was shut down."""
+        return self._take_apart(row, states.GONE, row.shutdown_reason or "shutdown")
+
+    def clean_up(self, row: DevboxRow) -> Outcome:
+        """Take its box apart after it failed."""
+        return self._take_apart(row, states.FAILED, row.failure_reason or "failure")
+
+    def _take_apart(self, row: DevboxRow, end: str, reason: str) -> Outcome:
+        # 1. Let the other rooms bring home what they need from the host; 60 s at most.
+        # 2. Have the box destroyed. A host that is lost for good has none: reconcile destroys it, should it return.
+        # 3. Let the other rooms close what hung on it. 4. Take the promise back, with the end itself.
+        if row.host_id is None:
+            registry.after_destroy(row.id, reason)
+            return Done(step=end)
+        if row.now - row.step_since < BEFORE_DESTROY and not registry.before_destroy(row.id):
+            return Wait(BEFORE_DESTROY_AGAIN_SECONDS)
+        try:
+            self._host(row).destroy(box=row.id, fence=row.fence)
+        except HostUnreachable:
+            if not host_is_lost(row.host_id):
+                raise
+        registry.after_destroy(row.id, reason)
+        return Done({"reserved": False, "seen": "gone", "seen_at": DatabaseNow()}, also=_release(row), step=end)
+
+    @staticmethod
+    def _host(row: DevboxRow) -> HostClient:
+        if row.host_id is None:
+            raise RuntimeError(f"devbox {row.id} is in step {row.step} without a host")
+        return client_for(row.host_id)
+
+
+def host_is_lost(host_id: str) -> bool:
+    """Whether nothing of that host will be heard again, as far as we have decided."""
+    return (
+        Host.objects.filter(pk=host_id, lost_at__isnull=False).exists()
+        or not Host.objects.filter(
+            pk=host_id, state__in=[HostState.READY, HostState.RETIRING, HostState.ENROLLING]
+        ).exists()
+    )
+
+
+def _release(row: DevboxRow) -> Callable[[Any], bool] | None:
+    if not row.reserved or row.host_id is None:
+        return None
+    host_id, size = row.host_id, row.size
+
+    def release(cursor: Any) -> bool:
+        placement.release(cursor, host_id, *size)
+        return True
+
+    return release
+
+
+def _log(devbox_id: str, entries: Sequence[logs.Entry]) -> Callable[[Any], bool]:
+    def write(cursor: Any) -> bool:
+        logs.write(cursor, devbox_id, entries)
+        return True
+
+    return write
+
+
+def _short(title: str) -> str:
+    line = title.strip().splitlines()[0] if title.strip() else title
+    return line if len(line) <= 80 else line[:79] + "…"
+
+
+@dataclass(slots=True)
+class _Ended:
+    entries: list[logs.Entry]
+    failure: tuple[str, str] | None
+
+
+def _ended(host: HostClient, devbox_id: str, piece: launch.Work, state: Any) -> _Ended:
+    """What a finished piece of launch work leaves in the log, and whether the devbox fails by it."""
+    stdout, stderr = outputs(state) or tuple(
+        host.read(
+            box=devbox_id, id=piece.id, stream=stream, offset=0, limit=TAIL_BYTES, last_lines=logs.LINES_KEPT
+        ).data
+        for stream in ("stdout", "stderr")  # type: ignore[misc]
+    )
+    code = state["exit"]
+    out, err = logs.readable(stdout, piece.secrets), logs.readable(stderr, piece.secrets)
+    title = logs.readable(piece.title.encode(), piece.secrets)
+    entries = [logs.Entry(piece.source, piece.id, cmd=title)]
+    entries += [logs.Entry(piece.source, piece.id, message=line) for line in logs.last_lines(out)]
+    level = "error" if code else "info"
+    entries += [logs.Entry(piece.source, piece.id, level, message=line) for line in logs.last_lines(err)]
+    entries.append(logs.Entry(piece.source, piece.id, level, exit_code=code))
+    if code == 0:
+        return _Ended(entries, None)
+    kind = (state.get("reason") or {}).get("kind")
+    tail = "\n".join(logs.last_lines(err, WHY_LINES) or logs.last_lines(out, WHY_LINES))
+    tail = f":\n{tail}" if tail else ""
+    if kind == "lost":
+        detail = (state.get("reason") or {}).get("detail") or "its end was not seen"
+        return _Ended(entries, ("health_check_failed", f"was lost: {detail}"))
+    if kind == "oom":
+        return _Ended(entries, ("out_of_memory", f"was ended because the devbox's memory was used up{tail}"))
+    if "No space left on device" in err or "Disk quota exceeded" in err:
+        return _Ended(entries, ("out_of_disk", f"ended with {code} because the disk is full{tail}"))
+    return _Ended(entries, ("execution_failed", f"ended with {code}{tail}"))
+
+
+devbox_flow = DevboxFlow()

@@ -1,0 +1,113 @@
+"""What hosts tell the devboxes: ends of boxes, exits of launch work, and what reconcile expects to find.
+
+In charge of: turning those events into guarded requests and wakes. Not in charge of: hearing them (`hosts.watcher`).
+Everything here may be told twice and commits before it returns.
+"""
+
+from collections.abc import Sequence
+
+from django.db import connection
+
+from devboxes import launch, logs, states
+from devboxes.devbox_flow import devbox_flow, entering, transition
+from flows.outcomes import DatabaseNow
+from hosts import registry
+from hosts.registry import BoxExitEvent, ExitEvent, ExpectedBox, HostedKind
+
+_NOT_OVER = "ended_at IS NULL"
+
+
+def on_box_exits(events: list[BoxExitEvent]) -> list[str]:
+    """A box that ended by itself: its devbox has failed, unless it was on its way down anyway."""
+    for event in events:
+        if event.oom:
+            reason, why = "out_of_memory", "the memory of its box was used up"
+        elif event.lost:
+            reason, why = "health_check_failed", f"its box was lost: {event.lost}"
+        else:
+            reason, why = "health_check_failed", f"its box ended by itself with {event.exit}"
+        devbox_flow.request(
+            event.box,
+            {
+                "step": states.CLEAN_UP,
+                "step_since": DatabaseNow(),
+                **entering(states.CLEAN_UP),
+                "failure_reason": reason,
+                "why": why,
+                "seen": "exited",
+                "seen_at": DatabaseNow(),
+            },
+            # Only of the box this row has up: an event from its host, about a box that was started.
+            guard=f"{_NOT_OVER} AND host_id = %s AND step IN ('{states.BOOT}', '{states.LAUNCH}', '{states.RUNNING}')",
+            guard_params=(event.host_id,),
+            alongside=transition("failure", reason),
+        )
+    return [event.box for event in events]
+
+
+def on_exits(events: list[ExitEvent]) -> list[str]:
+    """Exits of launch work. The piece that the flow waits for wakes it, and stays unacknowledged until it has moved on;
+    the entrypoint's ends the devbox; all others are old news."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT id, step, launch_index FROM devboxes_devbox WHERE id = ANY(%s) AND ended_at IS NULL",
+            [list({event.box for event in events})],
+        )
+        found = {row[0]: (row[1], row[2]) for row in cursor.fetchall()}
+    acknowledged: list[str] = []
+    awaited: set[str] = set()
+    for event in events:
+        step, index = found.get(event.box, (None, 0))
+        if step is not None and event.id == launch.work_id(event.box, launch.ENTRYPOINT):
+            _entrypoint_ended(event)
+        elif step == states.LAUNCH and event.id == launch.work_id(event.box, index):
+            awaited.add(event.box)
+            continue
+        acknowledged.append(event.id)
+    if awaited:
+        devbox_flow.wake(*awaited)
+    return acknowledged
+
+
+def _entrypoint_ended(event: ExitEvent) -> None:
+    entries = [
+        logs.Entry(launch.ENTRYPOINT, event.id, level, message=line)
+        for level, data in (("info", event.stdout), ("error", event.stderr))
+        for line in logs.last_lines(logs.readable(data or b""))
+    ]
+    entries.append(logs.Entry(launch.ENTRYPOINT, event.id, "error" if event.exit else "info", exit_code=event.exit))
+    columns: dict[str, object] = {"step_since": DatabaseNow()}
+    lost = (event.reason or {}).get("kind") == "lost"
+    if lost:
+        reason = "health_check_failed"
+        detail = (event.reason or {}).get("detail") or "its end was not seen"
+        columns |= {"step": states.CLEAN_UP, **entering(states.CLEAN_UP), "failure_reason": reason}
+        columns["why"] = f"its entrypoint was lost: {detail}"
+        beside = transition("failure", reason)
+    else:
+        columns |= {"step": states.TEARDOWN, **entering(states.TEARDOWN), "wants": "shutdown"}
+        columns |= {"shutdown_reason": "entrypoint_exit", "why": f"its entrypoint ended with {event.exit}"}
+        beside = transition("shutdown", None)
+    if devbox_flow.request(event.box, columns, guard=_NOT_OVER, alongside=beside):
+        with connection.cursor() as cursor:
+            logs.write(cursor, event.box, entries)
+
+
+def expected_on_host(host_id: str) -> Sequence[ExpectedBox]:
+    """Every box that the rows say is on that host."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT id, step, fence, coalesce(lease_until < now(), true) FROM devboxes_devbox "
+            "WHERE host_id = %s AND completed_at IS NULL AND step = ANY(%s)",
+            [host_id, list(states.ON_HOST)],
+        )
+        return [
+            ExpectedBox(box=pk, up=step in states.UP, fence=fence, settled=free and step in states.UP)
+            for pk, step, fence, free in cursor.fetchall()
+        ]
+
+
+def register() -> None:
+    """Answer for boxes (`dbx_`) and launch work (`set_`)."""
+    registry.register("dbx", HostedKind(on_box_exits=on_box_exits, expected_on_host=expected_on_host))
+    registry.register("set", HostedKind(on_exits=on_exits))

@@ -1,0 +1,124 @@
+"""The devbox's rows: what is wanted, what we do, what its host said, and what its user may read afterwards.
+
+In charge of: columns, constraints and indexes. Not in charge of: changing a row that exists, which is the flow's and
+the services' business, by guarded UPDATEs only.
+"""
+
+from django.contrib.postgres.indexes import GinIndex
+from django.db import models
+from django.db.models import Q
+from django.db.models.functions import Now
+
+from devboxes import states
+from flows.models import Durable
+
+
+class Devbox(Durable):
+    """A devbox. `wants` is the intent, `step` and `status` what we do about it, `seen` what the host last said."""
+
+    class Wants(models.TextChoices):
+        RUNNING = "running"
+        SUSPENDED = "suspended"
+        SHUTDOWN = "shutdown"
+
+    account = models.ForeignKey("accounts.Account", on_delete=models.PROTECT, related_name="devboxes", db_index=False)
+    name = models.TextField(blank=True, default="")
+    metadata = models.JSONField(default=dict, blank=True)
+
+    wants = models.TextField(choices=Wants.choices, default=Wants.RUNNING)
+    status = models.TextField(
+        choices=[(status, status) for status in states.STATUSES], default=states.STATUS[states.PLACE]
+    )
+    seen = models.TextField(blank=True, default="", help_text="What its host last said of its box.")
+    seen_at = models.DateTimeField(null=True, blank=True)
+
+    host = models.ForeignKey("hosts.Host", on_delete=models.PROTECT, related_name="devboxes", null=True, blank=True)
+    reserved = models.BooleanField(default=False, help_text="Its size is promised to it on its host.")
+    slot = models.TextField(blank=True, default="", help_text="Its name on the host.")
+    address = models.TextField(blank=True, default="")
+    image_id = models.TextField(blank=True, default="")
+    architecture = models.TextField(default="x86_64")
+    cpu_millis = models.IntegerField()
+    memory_mb = models.IntegerField()
+    disk_mb = models.IntegerField()
+
+    launch_parameters = models.JSONField(default=dict, help_text="What was asked for, as the API shows it.")
+    environment_sealed = models.BinaryField(null=True, blank=True)
+    mounts_sealed = models.BinaryField(null=True, blank=True)
+    launch_commands = models.JSONField(default=list, blank=True)
+    entrypoint = models.TextField(blank=True, default="")
+    user_name = models.TextField(default="user")
+    user_uid = models.IntegerField(default=1000)
+    user_home = models.TextField(default="/home/user")
+
+    keep_alive_seconds = models.IntegerField()
+    end_at = models.DateTimeField(null=True, blank=True, help_text="When its keep-alive time is over.")
+    launch_total = models.IntegerField(default=0, help_text="How many pieces of launch work it has.")
+    launch_index = models.IntegerField(default=0, help_text="How many pieces of its launch work are done.")
+    started_at = models.DateTimeField(null=True, blank=True, help_text="When it was first running.")
+    last_activity_at = models.DateTimeField(null=True, blank=True)
+
+    ended_at = models.DateTimeField(null=True, blank=True, help_text="When its final status was decided.")
+    failure_reason = models.TextField(null=True, blank=True)
+    shutdown_reason = models.TextField(null=True, blank=True)
+    why = models.TextField(blank=True, default="", help_text="The cause of its end, in words.")
+
+    initiator_type = models.TextField(default="api")
+    initiator_id = models.TextField(blank=True, default="", help_text="The API key that made it.")
+
+    class Meta(Durable.Meta):
+        verbose_name_plural = "devboxes"
+        indexes = [
+            *Durable.Meta.indexes,
+            # The list, newest first; and the short list of what is not over yet, for filters by status and for caps.
+            models.Index("account", models.F("created_at").desc(), models.F("id").desc(), name="devboxes_devbox_list"),
+            models.Index(
+                "account",
+                models.F("created_at").desc(),
+                models.F("id").desc(),
+                condition=Q(ended_at__isnull=True),
+                name="devboxes_devbox_live",
+            ),
+            GinIndex(fields=["metadata"], opclasses=["jsonb_path_ops"], name="devboxes_devbox_metadata"),
+        ]
+        constraints = [
+            models.CheckConstraint(condition=Q(step__in=list(states.STATUS)), name="devboxes_devbox_step"),
+            models.CheckConstraint(condition=Q(status__in=states.STATUSES), name="devboxes_devbox_status"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.id})" if self.name else self.id
+
+
+class DevboxTransition(models.Model):
+    """A public status that a devbox reached. Written in the transaction that changed the status."""
+
+    devbox = models.ForeignKey(Devbox, on_delete=models.CASCADE, related_name="transitions")
+    status = models.TextField()
+    at = models.DateTimeField(db_default=Now())
+    failure_reason = models.TextField(null=True, blank=True)
+
+    class Meta:
+        ordering = ["id"]
+
+    def __str__(self) -> str:
+        return f"{self.status} at {self.at:%F %T}"
+
+
+class DevboxLog(models.Model):
+    """A line of a devbox's log about its launch work and its entrypoint. Commands keep their output themselves."""
+
+    devbox = models.ForeignKey(Devbox, on_delete=models.CASCADE, related_name="logs")
+    at = models.DateTimeField(db_default=Now())
+    source = models.TextField(help_text="setup_commands or entrypoint")
+    level = models.TextField(default="info")
+    execution_id = models.TextField(blank=True, default="")
+    cmd = models.TextField(null=True, blank=True)
+    message = models.TextField(null=True, blank=True)
+    exit_code = models.IntegerField(null=True, blank=True)
+
+    class Meta:
+        ordering = ["id"]
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.message or self.cmd or self.exit_code}"
