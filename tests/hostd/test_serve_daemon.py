@@ -1,0 +1,383 @@
+"""The daemon on stubs (stub_host.py): routing, idempotence, kills, bounds. Needs no root."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hostd import messages
+from hostd.messages import Refused
+from tests.hostd.client import LIMITS, Client, new_id
+
+STUB = Path(__file__).with_name("stub_host.py")
+IMAGE = "img_stub"
+
+
+class Host:
+    """A stub host's process and a client of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = {
+            "cluster": "c",
+            "host": "hst_1",
+            "install": 3,
+            "root": str(folder),
+            "run": str(folder / "run"),
+            "image": IMAGE,
+        }
+        self.client = Client(str(folder / "run" / "hostd.sock"), timeout=10)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.environment: dict[str, str] = {}
+
+    def start(self, **changes: object) -> None:
+        self.config.update(changes)
+        (self.folder / "host.json").write_text(json.dumps(self.config))
+        self.process = subprocess.Popen(
+            [sys.executable, STUB, "serve", self.folder / "host.json"], env={**os.environ, **self.environment}
+        )
+        until(self.answers)
+
+    def answers(self) -> bool:
+        assert self.process is not None and self.process.poll() is None, "hostd ended"
+        try:
+            self.client.call("hello")
+        except OSError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def remove(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(20)
+        for folder in ("stub-keeper", "b"):
+            for path in (self.folder / "run" / folder).glob("*"):
+                if path.read_text():
+                    try:
+                        os.kill(int(path.read_text()), signal.SIGKILL)
+                    except ProcessLookupError:
+                        pass
+
+    def create(self, box: str, fence: int = 1) -> dict:
+        return self.client.create(box, IMAGE, fence)
+
+    def report(self) -> dict[str, dict]:
+        return {entry["box"]: entry for entry in self.client.call("report")["boxes"]}
+
+
+def until(true: Callable[[], object], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    found = Host(tmp_path)
+    try:
+        yield found
+    finally:
+        found.remove()
+
+
+def code(call: Callable[[], object]) -> str:
+    with pytest.raises(Refused) as caught:
+        call()
+    return caught.value.code
+
+
+def test_a_box_from_birth_to_death_each_verb_twice(host: Host):
+    host.start()
+    box, exe = new_id("dbx"), new_id("exe")
+    disk = {"box": box, "fence": 1, "image": IMAGE, "disk_bytes": 1 << 30}
+    first = host.client.call("prepare_disk", **disk)
+    assert host.client.call("prepare_disk", **disk) == first and first["warm"] is False
+    assert host.report()[box]["state"] == "disk"
+    assert code(lambda: host.client.spawn(box, exe, "exit 0")) == "unknown_box"
+    up = host.create(box)
+    assert host.create(box) == up and up["slot"] == first["slot"] and up["address"].startswith("10.213.48.")
+    assert host.client.spawn(box, exe, "exit 3")["id"] == exe
+    host.client.spawn(box, exe, "exit 4")
+    until(lambda: host.client.call("state", box=box, id=exe)["state"] == "exited")
+    assert host.client.call("state", box=box, id=exe)["exit"] == 3
+    entry = host.report()[box]
+    assert entry["state"] == "up" and entry["executions"] == [{"id": exe, "state": "exited"}] and entry["fence"] == 1
+    for _ in range(2):
+        host.client.destroy(box, 2)
+    assert host.report() == {} and host.client.call("hello")["boxes"] == 0
+    assert code(lambda: host.client.call("state", box=box, id=exe)) == "unknown_box"
+    assert code(lambda: host.create(box, 1)) == "stale_fence"
+    assert not list((host.folder / "slots").iterdir()) and not list((host.folder / "keepers").iterdir())
+
+
+def test_limits_of_a_box_that_is_up_are_written(host: Host):
+    host.start()
+    box = new_id("dbx")
+    host.create(box)
+    host.client.create(box, IMAGE, memory_bytes=1 << 30)
+    assert json.loads((host.folder / "limits").read_text())["memory_bytes"] == 1 << 30
+
+
+def test_refusals(host: Host):
+    host.start()
+    box = new_id("dbx")
+    assert code(lambda: host.client.call("boot", box=box, fence=1, hostname="x", **LIMITS)) == "unknown_box"
+    wrong = {"box": box, "fence": 1, "image": "img_other", "disk_bytes": 1 << 30}
+    assert code(lambda: host.client.call("prepare_disk", **wrong)) == "unknown_image"
+    host.create(box, 5)
+    with pytest.raises(Refused) as caught:
+        host.client.destroy(box, 4)
+    assert (caught.value.code, caught.value.extra) == ("stale_fence", {"fence": 5})
+    assert host.report()[box]["state"] == "up"
+
+
+def test_a_destroy_that_overtakes_a_boot(host: Host):
+    host.environment["STUB_BOOT_SECONDS"] = "0.5"
+    host.start()
+    box = new_id("dbx")
+    outcome: list[str] = []
+
+    def boot() -> None:
+        try:
+            host.create(box, 1)
+            outcome.append("up")
+        except Refused as refused:
+            outcome.append(refused.code)
+
+    thread = threading.Thread(target=boot)
+    thread.start()
+    until(lambda: list((host.folder / "run" / "b").glob("*")))
+    host.client.destroy(box, 2)  # waits for the boot's end, then undoes it
+    thread.join()
+    assert outcome == ["up"]
+    assert host.report() == {} and not list((host.folder / "slots").iterdir())
+    assert code(lambda: host.create(box, 1)) == "stale_fence"
+
+
+def test_events_reach_two_watchers_until_acknowledged(host: Host):
+    host.start()
+    box, exe = new_id("dbx"), new_id("exe")
+    host.create(box)
+    with host.client.watch() as one, host.client.watch() as two:
+        host.client.spawn(box, exe, "exit 7")
+        for watch in (one, two):
+            event = watch.next()
+            assert (event["event"], event["box"], event["id"], event["exit"]) == ("exit", box, exe, 7)
+        assert one.next(3, heartbeats=True)["event"] == "heartbeat"
+    with host.client.watch() as again:
+        assert again.next()["id"] == exe
+        again.ack((box, exe))
+    with host.client.watch() as silent, pytest.raises(TimeoutError):
+        silent.next(0.5)
+    host.kill()
+    host.start()
+    with host.client.watch() as silent, pytest.raises(TimeoutError):
+        silent.next(0.5)
+
+
+def test_a_killed_hostd_loses_nothing(host: Host):
+    host.start()
+    box, running, unacked = new_id("dbx"), new_id("exe"), new_id("exe")
+    up = host.create(box, 3)
+    host.client.spawn(box, unacked, "exit 5")
+    host.client.spawn(box, running, "sleep 1 6")
+    with host.client.connect() as kept:  # belongs to the keeper by now: hostd's death must not cut it
+        kept.call("state", box=box, id=running)
+        host.kill()
+        assert kept.call("state", box=box, id=running)["state"] == "running"
+    host.start()
+    assert host.create(box, 3) == up
+    assert code(lambda: host.client.destroy(box, 2)) == "stale_fence"
+    with host.client.watch() as watch:
+        events = {event["id"]: event["exit"] for event in (watch.next(), watch.next())}
+    assert events == {unacked: 5, running: 6}
+
+
+def test_a_killed_keeper_gets_a_successor(host: Host):
+    host.start()
+    box, one, two = new_id("dbx"), new_id("exe"), new_id("exe")
+    up = host.create(box)
+    host.client.spawn(box, one, "exit 1")
+    os.kill(up["keeper_pid"], signal.SIGKILL)
+    try:
+        state = host.client.call("state", box=box, id=one)  # waits for the successor
+    except messages.ProtocolError:  # it was with the dying one already: an answer cut before its first byte
+        state = host.client.call("state", box=box, id=one)
+    assert state["exit"] == 1
+    host.client.spawn(box, two, "exit 2")
+    assert host.create(box)["keeper_pid"] != up["keeper_pid"]
+    assert host.client.call("state", box=box, id=two)["named"] == box
+
+
+def test_keeper_and_hostd_killed_together(host: Host):
+    host.start()
+    box, one = new_id("dbx"), new_id("exe")
+    up = host.create(box)
+    host.client.spawn(box, one, "exit 1")
+    until(lambda: host.client.call("state", box=box, id=one)["state"] == "exited")
+    host.kill()
+    os.kill(up["keeper_pid"], signal.SIGKILL)
+    host.start()
+    assert host.client.call("state", box=box, id=one)["exit"] == 1
+
+
+def test_init_that_ends_is_told_until_acknowledged_also_after_a_restart(host: Host):
+    host.start()
+    box = new_id("dbx")
+    up = host.create(box)
+    with host.client.watch() as watch:
+        os.kill(up["init_pid"], signal.SIGKILL)
+        event = watch.next()
+        assert (event["event"], event["box"], event["exit"], event["oom"]) == ("box_exit", box, 137, False)
+    assert host.report()[box]["state"] == "down"
+    host.kill()
+    host.start()
+    with host.client.watch() as watch:
+        assert watch.next() == event
+        watch.ack((box, "box"))
+        time.sleep(0.1)
+    host.kill()
+    host.start()
+    with host.client.watch() as watch, pytest.raises(TimeoutError):
+        watch.next(0.3)
+    assert host.report()[box]["state"] == "down"
+    again = host.create(box)  # it may be started anew
+    assert again["init_pid"] != up["init_pid"] and host.report()[box]["state"] == "up"
+
+
+def test_hostd_killed_in_the_middle_of_a_boot(host: Host):
+    host.environment["STUB_BOOT_SECONDS"] = "20"
+    host.start()
+    box = new_id("dbx")
+    host.client.call("prepare_disk", box=box, fence=1, image=IMAGE, disk_bytes=1 << 30)
+    with host.client.connect() as connection:
+        connection.send("boot", box=box, fence=1, hostname="x", **LIMITS)
+        until(lambda: list((host.folder / "run" / "b").glob("*")))
+        host.kill()
+    del host.environment["STUB_BOOT_SECONDS"]
+    host.start()
+    assert host.report()[box]["state"] == "disk"
+    assert not list((host.folder / "run" / "b").glob("*"))
+    host.create(box)
+    assert host.report()[box]["state"] == "up"
+
+
+def test_a_maker_killed_in_the_middle_of_a_boot(host: Host):
+    host.environment["STUB_BOOT_SECONDS"] = "1"
+    host.start()
+    assert host.process is not None
+    box = new_id("dbx")
+    host.client.call("prepare_disk", box=box, fence=1, image=IMAGE, disk_bytes=1 << 30)
+    with host.client.connect() as connection:
+        connection.send("boot", box=box, fence=1, hostname="x", **LIMITS)
+        until(lambda: list((host.folder / "run" / "b").glob("*")))
+        for pid in children(host.process.pid):
+            os.kill(pid, signal.SIGKILL)
+        assert code(lambda: messages.parse_reply(connection.line())) == "internal"
+    host.create(box)
+    assert host.report()[box]["state"] == "up"
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_warm_boxes_are_made_claimed_and_found_again(host: Host):
+    host.start(warm=2)
+    until(lambda: host.client.call("hello")["warm"] == 2)
+    box, exe = new_id("dbx"), new_id("exe")
+    ready = {entry["slot"] for entry in host.client.call("report")["warm"]}
+    claimed = host.client.call("prepare_disk", box=box, fence=1, image=IMAGE, disk_bytes=2 << 30)
+    assert claimed["warm"] and claimed["slot"] in ready
+    assert host.client.call("prepare_disk", box=box, fence=1, image=IMAGE, disk_bytes=2 << 30) == claimed
+    host.create(box)
+    assert host.client.spawn(box, exe, "exit 0")["named"] == box
+    until(lambda: host.client.call("hello")["warm"] == 2)
+    host.kill()
+    host.start()
+    assert host.client.call("hello")["warm"] == 2 and host.report()[box]["state"] == "up"
+    host.client.call("set_warm", count=0, image=IMAGE)
+    until(lambda: host.client.call("hello")["warm"] == 0)
+    assert host.report()[box]["state"] == "up"
+    assert len(list((host.folder / "slots").iterdir())) == 1
+    assert json.loads((host.folder / "host.json").read_text())["warm"] == 0
+
+
+def test_only_one_hostd(host: Host):
+    host.start()
+    second = subprocess.run(
+        [sys.executable, STUB, "serve", host.folder / "host.json"], capture_output=True, timeout=20, text=True
+    )
+    assert second.returncode != 0 and "another hostd" in second.stderr
+    assert host.answers()
+
+
+def test_host_verbs_share_a_connection(host: Host):
+    host.start()
+    with host.client.connect() as connection:
+        connection.socket.sendall(messages.request("hello") * 3)
+        replies = [messages.parse_reply(connection.line()) for _ in range(3)]
+        assert all(reply["host"] == "hst_1" for reply in replies)
+
+
+def test_lines_that_are_wrong_or_never_end(host: Host):
+    host.start()
+    for line, wanted in ((b"what\n", "bad_request"), (b"x" * messages.LINE_MAX, "too_large")):
+        with host.client.connect() as connection:
+            connection.socket.sendall(line)
+            assert code(lambda: messages.parse_reply(connection.line())) == wanted
+            assert connection.socket.recv(1) == b""
+
+
+def test_many_at_once(host: Host):
+    host.start()
+    box = new_id("dbx")
+    host.create(box)
+    ids = [new_id("exe") for _ in range(200)]
+    connections = [host.client.connect() for _ in ids]
+    body = json.dumps({"command": "exit 0"}).encode()
+    for id, connection in zip(ids, connections, strict=True):
+        connection.send("spawn", body, box=box, id=id, fence=1)
+    for id, connection in zip(ids, connections, strict=True):
+        assert messages.parse_reply(connection.line())["id"] == id
+        connection.socket.close()
+    assert len(host.report()[box]["executions"]) == 200
+
+
+def test_it_leaves_when_told_and_boxes_live_on(host: Host):
+    host.start()
+    box = new_id("dbx")
+    up = host.create(box)
+    assert host.process is not None
+    host.process.terminate()
+    assert host.process.wait(10) == 0
+    os.kill(up["init_pid"], 0)
+    with pytest.raises(OSError), socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(host.client.path)
+    host.start()
+    assert host.create(box) == up
+
+
+def test_the_log_tells_no_secret(host: Host):
+    host.start()
+    box = new_id("dbx")
+    host.create(box)
+    host.client.spawn(box, new_id("exe"), "exit 0 hunter2 1", env={"TOKEN": "hunter2"})
+    host.remove()
+    assert "hunter2" not in (host.folder / "log" / "hostd.log").read_text()
