@@ -1,0 +1,166 @@
+"""A running devbox on a fake host, and a worker that runs the flow of its commands, inside the test's transaction.
+
+`world.devbox_id` belongs to alice. The worker claims what is due and lets waiters know, as the real worker and Redis
+do; `pause` stops it. What the host reports comes in with `world.deliver()`, or by itself while `reporting` is on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+from django.db import connection
+
+from api.asynchronous import in_database
+from api.ids import new_id
+from api.waiting import hub
+from devboxes.models import Devbox
+from executions.execution_flow import execution_flow
+from executions.models import Execution
+from hosts.client import use_fake
+from hosts.models import Host
+from tests.fake_host import FakeHost
+
+ROW = {"cpu_millis": 1000, "memory_mb": 1024, "disk_mb": 1024, "keep_alive_seconds": 3600}
+
+
+def make_host(name: str = "fake") -> FakeHost:
+    """A ready host's row and its stand-in, in use."""
+    host = Host.objects.create(
+        id=new_id("hst"),
+        name=name,
+        state="ready",
+        step="ready",
+        wake_at=None,
+        address="127.0.0.1",
+        host_key="ssh-ed25519 AAAA",
+        admin_user="root",
+        admin_key_sealed=b"",
+    )
+    fake = FakeHost(host.pk)
+    use_fake(host.pk, fake)
+    return fake
+
+
+def make_devbox(account_id: str, fake: FakeHost, **columns: Any) -> str:
+    """A running devbox of that account on that host."""
+    devbox = Devbox.objects.create(
+        id=new_id("dbx"),
+        account_id=account_id,
+        host_id=fake.host_id,
+        wake_at=None,
+        **{"step": "running", "status": "running", **ROW, **columns},
+    )
+    fake.prepare_disk(box=devbox.pk, fence=1, image=fake.image, disk_bytes=1 << 30)
+    fake.boot(box=devbox.pk, fence=1, cpu_millis=1000, memory_bytes=1 << 30, pids=100, disk_bytes=1 << 30, hostname="d")
+    fake.calls.clear()
+    return devbox.pk
+
+
+class World:
+    """See the module's docstring."""
+
+    def __init__(self, web: Any, account_id: str) -> None:
+        self.web = web
+        self.fake = make_host()
+        self.devbox_id = make_devbox(account_id, self.fake)
+        self.url = f"/v1/devboxes/{self.devbox_id}"
+        self.paused = False
+        self.reporting = True
+
+    def execution_url(self, execution_id: str, tail: str = "") -> str:
+        """The URL of one of the devbox's executions."""
+        return f"{self.url}/executions/{execution_id}{tail}"
+
+    def row(self, execution_id: str) -> Execution:
+        """The execution's row as it is now."""
+        return Execution.objects.get(pk=execution_id)
+
+    def work(self) -> list[str]:
+        """Run what is due, and let the host report; the ids that were touched."""
+        touched: list[str] = []
+        if not self.paused:
+            with connection.cursor() as cursor:
+                # Inside one transaction now() stands still, and what is due "now" would never be.
+                cursor.execute(
+                    "UPDATE executions_execution SET wake_at = now() "
+                    "WHERE wake_at > now() AND wake_at <= clock_timestamp()"
+                )
+                cursor.execute("SELECT id FROM executions_execution WHERE wake_at <= now() AND lease IS NULL")
+                touched = [pk for (pk,) in cursor.fetchall() if execution_flow.run(pk)]
+        if self.reporting and self.fake.unacked:
+            touched += [pk for _, pk in self.fake.deliver()]
+        return touched
+
+    async def worker(self) -> None:
+        """Work for ever."""
+        while True:
+            for pk in await in_database(self.work):
+                hub.wake(pk)
+            await asyncio.sleep(0.005)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """A worker runs on the client's loop while a request is being made."""
+        task = self.web.loop.create_task(self.worker())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                self.web.run(task)
+
+    def started(self, party: Any, command: str = "sleep 1000", **body: Any) -> str:
+        """A command that runs: its id."""
+        answer = party.post(f"{self.url}/execute_async", {"command": command, **body})
+        assert answer.status_code == 200, answer.text
+        execution_id: str = answer.json()["execution_id"]
+        self.work()
+        assert self.row(execution_id).step in ("await_exit", "done", "store")
+        return execution_id
+
+
+class Events:
+    """Server-sent events, taken apart the way the official clients do."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self.comments = 0
+        self.updates: list[dict[str, Any]] = []
+        self.error: dict[str, Any] | None = None
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of a response."""
+        self._buffer += data
+        while b"\n\n" in self._buffer:
+            block, self._buffer = self._buffer.split(b"\n\n", 1)
+            lines = block.split(b"\n")
+            if all(line.startswith(b":") for line in lines):
+                self.comments += 1
+                continue
+            fields = dict(line.split(b": ", 1) for line in lines)
+            assert set(fields) <= {b"event", b"data"}, fields
+            data = orjson.loads(fields[b"data"])
+            if fields.get(b"event") == b"error":
+                assert self.error is None
+                self.error = data
+            else:
+                assert b"event" not in fields
+                self.updates.append(data)
+
+    @property
+    def text(self) -> str:
+        """All output so far."""
+        return "".join(update["output"] for update in self.updates)
+
+    @property
+    def offset(self) -> int:
+        """What a client comes back with."""
+        return self.updates[-1]["offset"]
+
+    def ended(self) -> None:
+        """Nothing of an event is left over."""
+        assert self._buffer == b""
