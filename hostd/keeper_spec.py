@@ -127,7 +127,7 @@ class KeeperSpec:
 def start_zygote(config: Config) -> socket.socket:
     """Return a connection to the host's zygote, starting it if none listens.
 
-    The zygote outlives hostd: it is a session of its own, in the machine's own mount namespace, and nobody's child.
+    The zygote outlives hostd: it is a session of its own, in PID 1's mount namespace where allowed, and nobody's child.
     Raises OSError (also TimeoutError) if it does not come up. One connection is enough for a hostd; it is blocking,
     with a timeout of TIMEOUT_S.
     """
@@ -194,6 +194,11 @@ def report(conn: socket.socket) -> dict[str, dict[str, Any]]:
     """Return {slot: {"pid", "start", "parked": n, "alive": bool}} as the zygote knows it."""
     slots = _ask(conn, {"op": "report"})["slots"]
     return dict(slots)
+
+
+def zygote_pid(conn: socket.socket) -> int:
+    """Return the zygote's pid."""
+    return int(_ask(conn, {"op": "report"})["pid"])
 
 
 def listening_socket(run: str, slot: str) -> socket.socket:
@@ -293,11 +298,18 @@ def _exec_zygote(listen_fd: int, log_path: str) -> None:
 
 
 def _join_machine_mounts() -> None:
-    """Leave hostd's private mount namespace, which must be able to go away with hostd."""
+    """Leave hostd's private mount namespace, so that it does not last as long as the zygote.
+
+    Where PID 1 has more rights than we (a container's root has not all of its machine's) its namespaces are closed to
+    us, and the zygote stays where it is: it needs no mount.
+    """
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
-    descriptor = os.open("/proc/1/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open("/proc/1/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        return
     try:
         if libc.setns(descriptor, 0x00020000) != 0:
             number = ctypes.get_errno()

@@ -47,7 +47,7 @@ class _Scan:
         raise Malformed(f"{name} is not JSON")
 
 
-_scan: Callable[[str, int], tuple[Any, int]] = _json.make_scanner(_Scan)
+_scan: Callable[[str, int], tuple[Any, int]] = _json.make_scanner(_Scan)  # type: ignore[arg-type]
 
 
 def _refuse(value: object) -> None:
@@ -121,6 +121,13 @@ def receive(sock: _socket.socket, *, wait: bool = True) -> tuple[dict[str, Any] 
     except Malformed:
         close_all(descriptors)
         raise
+
+
+def accept(listener: _socket.socket) -> _socket.socket:
+    """Accept a connection, close-on-exec and blocking. Raises BlockingIOError when there is none."""
+    descriptor, _ = listener._accept()  # type: ignore[attr-defined]  # what socket.socket.accept is made of
+    os.set_blocking(descriptor, True)
+    return _socket.socket(listener.family, listener.type, 0, descriptor)
 
 
 def close_all(descriptors: Iterable[int]) -> None:

@@ -1,0 +1,604 @@
+"""The commands of one box: their states, exits and reasons, and what of them survives a keeper.
+
+In charge of: the life of a command below; the order of writing things down; exit events until they are acknowledged;
+how long acknowledged ones are remembered; taking everything up again in a successor.
+Not in charge of: starting processes (spawner_link.py), bytes (streams.py, stdin.py), who asks (clients.py).
+
+    spawn -> asked -----------started----------> running --exited, drained, written down--> exited --ack--> acknowledged
+               |`-- never ran: no such command      `-- its keeper and its zygote died: lost     (1)      (2)
+               `-- may have run: lost
+    kill of an unknown id -> exited (137, killed_before_start)
+
+(1) An exit event is sent on every connection of hostd until it is acknowledged.
+(2) The command stays known, so that a late spawn of its id starts nothing, and its outputs stay readable, until
+    `forget`, or until there are REMEMBERED newer ones, or until the outputs exceed the box's budget, oldest first.
+
+Before a command is asked for, its intent is in the journal; when it runs, its descriptors are parked with the zygote,
+then its pid is written down, then it is announced. So a successor can tell: parked = it runs; intent only = see
+`recover`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+
+from hostd import packets, polling, procs, requests
+from hostd.journal import Journal
+from hostd.procs import signals
+from hostd.requests import Refused
+from hostd.spawner_link import Order, SpawnerLink
+from hostd.stdin import Stdin
+from hostd.streams import Bucket, Stream
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+MAX_RUNNING = 512
+"""Commands that run, or whose pipes are still held by what they left behind."""
+REMEMBERED = 2000
+"""Acknowledged commands that stay known."""
+INLINE_BYTES = 65536
+"""Outputs up to this size together travel in the exit event."""
+RETRY_S = 0.5
+EXIT_PATIENCE_S = 5.0
+"""How long a successor waits for the zygote to say how a command ended that was not its own child."""
+LOST = -1
+
+F_ADD_SEALS, ALL_SEALS = 1033, 15
+
+
+class Execution:
+    """One command."""
+
+    __slots__ = (
+        "acked",
+        "box_kills",
+        "exec_error",
+        "exit",
+        "exit_waiters",
+        "exited_at_ms",
+        "fence",
+        "id",
+        "killed",
+        "pending_kill",
+        "pid",
+        "pidfd",
+        "reap",
+        "reason",
+        "settled",
+        "started_at_ms",
+        "state",
+        "status",
+        "stdin",
+        "streams",
+        "waiters",
+    )
+
+    def __init__(self, name: str, fence: int, streams: list[Stream]) -> None:
+        self.id, self.fence = name, fence
+        self.state = "asked"  # asked | running | exited
+        self.pid, self.pidfd = 0, -1
+        self.streams = streams
+        self.stdin: Stdin | None = None
+        self.status: int | None = None  # wait status, known before the outputs are complete
+        self.reap = False  # the zombie is ours to reap once its exit is written down
+        self.exit: int | None = None
+        self.reason: dict[str, Any] | None = None
+        self.exec_error: str | None = None
+        self.killed = 0  # signal sent on request
+        self.pending_kill: tuple[int, bool] | None = None
+        self.box_kills = 0  # the box's OOM kills when it started
+        self.started_at_ms = _now_ms()
+        self.exited_at_ms: int | None = None
+        self.acked = False
+        self.settled = False
+        self.waiters: list[Callable[[], None]] = []  # called when it runs, or never will
+        self.exit_waiters: list[Callable[[], None]] = []
+
+    def sizes(self) -> list[int]:
+        """Return [stdout, stderr] in bytes, the dropped ones included."""
+        return [stream.size for stream in self.streams]
+
+    def open_pipes(self) -> bool:
+        """Does anybody still hold one of its pipes?"""
+        return any(stream.pipe >= 0 for stream in self.streams)
+
+
+class Settings:
+    """What the box's spec says of commands."""
+
+    __slots__ = ("budget", "burst", "cap", "rate")
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.cap = int(spec["stream_cap_bytes"])
+        self.rate = int(spec["byte_rate"])
+        self.burst = int(spec["byte_burst"])
+        self.budget = int(spec["out_budget_bytes"])
+
+
+class Executions:
+    """All commands the keeper knows."""
+
+    def __init__(
+        self,
+        poller: polling.Poller,
+        directory: int,
+        journal: Journal,
+        spawner: SpawnerLink,
+        settings: Settings,
+        oom_kills: Callable[[], int],
+        park: Callable[[dict[str, Any], list[int]], None],
+        announce: Callable[[Execution], None],
+    ) -> None:
+        self._poller, self._directory, self._journal, self._spawner = poller, directory, journal, spawner
+        self._settings, self._oom_kills, self._park, self._announce = settings, oom_kills, park, announce
+        self._bucket = Bucket(settings.rate, settings.burst)
+        self.known: dict[str, Execution] = {}
+        self.by_pid: dict[int, Execution] = {}
+        self._active = 0
+        self.box_gone = False
+
+    # --- verbs
+
+    def find(self, name: str) -> Execution:
+        """Return a known command; raise Refused unknown_id."""
+        try:
+            return self.known[name]
+        except KeyError:
+            raise Refused("unknown_id", f"no execution {name} here") from None
+
+    def spawn(self, name: str, fence: int, body: dict[str, Any]) -> Execution:
+        """Start a command, or return the one known by this id, whatever its state."""
+        execution = self.known.get(name)
+        if execution is not None:
+            self._check_fence(execution, fence)
+            return execution
+        command = requests.command(body)
+        if self.box_gone:
+            raise Refused("not_ready", "the box has stopped")
+        if self._active >= MAX_RUNNING:
+            raise Refused("busy", f"{MAX_RUNNING} commands run in this box already")
+        execution = self._new(name, fence)
+        given = _memfd(command.input) if command.input is not None else None
+        order = Order(command.message, given)
+        order.before = lambda: self._intend(execution)
+        order.started = lambda pidfd, ends: self._started(execution, pidfd, ends)
+        order.failed = lambda code, message: self._never_ran(execution, code, message)
+        order.lost = lambda detail: self._lost(execution, detail)
+        order.exec_failed = lambda message: self._exec_failed(execution, message)
+        self._spawner.ask(order)
+        return execution
+
+    def kill(self, name: str, fence: int, signal: int, group: bool) -> Execution:
+        """Signal a command (or its process group); leave a tombstone for an unknown one."""
+        execution = self.known.get(name)
+        if execution is None:
+            return self._tombstone(name, fence)
+        self._check_fence(execution, fence)
+        if execution.state == "asked":
+            execution.pending_kill = (signal, group)
+        elif execution.state == "running" and execution.status is None:
+            self._signal(execution, signal, group)
+        return execution
+
+    def ack(self, name: str) -> None:
+        """The control plane knows this exit; unknown ids and running commands are passed over."""
+        execution = self.known.get(name)
+        if execution is not None and execution.state == "exited" and not execution.acked:
+            self._journal.write(name, {"ack": _now_ms()})
+            execution.acked = True
+
+    def forget(self, name: str) -> None:
+        """Delete the outputs of an acknowledged command; it stays known until it is one of too many."""
+        execution = self.known.get(name)
+        if execution is not None and execution.acked:
+            for stream in execution.streams:
+                stream.remove()
+
+    def stdin(
+        self, execution: Execution, request: str, data: bytes, eof: bool, reply: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Pass on bytes for standard input; raises Refused."""
+        if execution.stdin is None or execution.state != "running":
+            reply({"ok": True, "accepted": False})
+        else:
+            execution.stdin.offer(request, data, eof, reply)
+
+    def shape(self, execution: Execution) -> dict[str, Any]:
+        """Return what `state` answers."""
+        answer: dict[str, Any] = {
+            "id": execution.id,
+            "state": "exited" if execution.state == "exited" else "running",
+            "sizes": execution.sizes(),
+            "dropped": [stream.dropped for stream in execution.streams],
+            "started_at_ms": execution.started_at_ms,
+        }
+        if execution.state != "exited":
+            if execution.pid:
+                answer["pid"] = execution.pid
+            return answer
+        answer.update(exit=execution.exit, reason=execution.reason, exited_at_ms=execution.exited_at_ms)
+        if sum(execution.sizes()) <= INLINE_BYTES:
+            out, err = (_whole_text(stream) for stream in execution.streams)
+            if out is not None and err is not None:
+                answer.update(stdout=out, stderr=err)
+        return answer
+
+    def unacknowledged(self) -> list[Execution]:
+        """Return the exits hostd must be told again, oldest first."""
+        return [e for e in self.known.values() if e.state == "exited" and not e.acked]
+
+    def pids(self) -> set[int]:
+        """Return the host pids of the children that are commands of ours."""
+        return set(self.by_pid)
+
+    def tidy(self) -> None:
+        """Remove what is beyond the bounds: called now and then."""
+        acked = [e for e in self.known.values() if e.acked and not e.open_pipes()]
+        for execution in acked[: max(0, len(acked) - REMEMBERED)]:
+            for stream in execution.streams:
+                stream.remove()
+            self._journal.write(execution.id, {"gone": True})
+            del self.known[execution.id]
+        kept = [(e, sum(s.size - s.dropped for s in e.streams)) for e in acked if e.id in self.known]
+        total = sum(size for _, size in kept)
+        for execution, size in kept:
+            if total <= self._settings.budget:
+                break
+            if size:
+                self.forget(execution.id)
+                total -= size
+
+    # --- a command's life
+
+    def _new(self, name: str, fence: int) -> Execution:
+        streams = [
+            Stream(self._poller, self._directory, self._bucket, name, number, self._settings.cap) for number in (1, 2)
+        ]
+        execution = Execution(name, fence, streams)
+        self.known[name] = execution
+        self._active += 1
+        for stream in streams:
+            stream.closed = lambda: self._pipe_closed(execution)
+            stream.punching = lambda start, end, n=stream.number: self._journal.write(name, {f"hole{n}": [start, end]})
+        return execution
+
+    def _check_fence(self, execution: Execution, fence: int) -> None:
+        if fence < execution.fence:
+            raise Refused("stale_fence", f"fence {fence} is older than {execution.fence}", fence=execution.fence)
+        if fence > execution.fence:
+            self._journal.write(execution.id, {"fence": fence})
+            execution.fence = fence
+
+    def _intend(self, execution: Execution) -> None:
+        """The last moment before the spawner is asked. Raises Refused no_space."""
+        execution.box_kills = self._oom_kills()
+        facts = {"fence": execution.fence, "at": execution.started_at_ms, "oom": execution.box_kills}
+        try:
+            self._journal.write(execution.id, facts)
+        except OSError as error:
+            raise Refused("no_space", f"the journal cannot be written: {error.strerror}") from None
+
+    def _started(self, execution: Execution, pidfd: int, ends: dict[str, int]) -> None:
+        """Park, then write down, then tell."""
+        execution.pidfd, execution.pid = pidfd, procs.pid_of(pidfd)
+        self._park_execution(execution, ends)
+        self._write(execution, {"pid": execution.pid, "start": procs.start_time(execution.pid) or 0})
+        self._run(execution, ends)
+        if execution.pending_kill is not None:
+            self._signal(execution, *execution.pending_kill)
+
+    def _park_execution(self, execution: Execution, ends: dict[str, int]) -> None:
+        held = {"pidfd": execution.pidfd, **ends}
+        roles = [role for role, descriptor in held.items() if descriptor >= 0]
+        message = {"park": execution.id, "pid": execution.pid, "roles": roles}
+        self._park(message, [held[role] for role in roles])
+
+    def park_all(self) -> None:
+        """Park everything again: the zygote is a new one."""
+        for execution in self.known.values():
+            if execution.state == "running" or execution.open_pipes():
+                ends = {str(stream.number): stream.pipe for stream in execution.streams}
+                ends["stdin"] = execution.stdin.pipe if execution.stdin is not None else -1
+                self._park_execution(execution, ends)
+
+    def _run(self, execution: Execution, ends: dict[str, int]) -> None:
+        execution.state = "running"
+        if execution.pid > 0:
+            self.by_pid[execution.pid] = execution
+        for stream in execution.streams:
+            if ends.get(str(stream.number), -1) >= 0:
+                stream.attach(ends[str(stream.number)])
+        if ends.get("stdin", -1) >= 0:
+            facts = self._journal.facts.get(execution.id, {})
+            execution.stdin = Stdin(
+                self._poller,
+                ends["stdin"],
+                [list(entry) for entry in facts.get("in", [])],
+                lambda remembered: self._write(execution, {"in": remembered}),
+                lambda: self._park({"unpark": execution.id, "role": "stdin"}, []),
+            )
+        self._poller.on(execution.pidfd, lambda _: self._dead(execution))
+        self._tell(execution)
+
+    def _never_ran(self, execution: Execution, code: str, message: str) -> None:
+        """No such command then: whoever asks again starts it anew."""
+        self.known.pop(execution.id, None)
+        self._active -= 1
+        if execution.id in self._journal.facts:
+            self._write(execution, {"gone": True})
+        execution.state, execution.reason = "exited", {"code": code, "message": message}
+        self._tell(execution)
+
+    def _lost(self, execution: Execution, detail: str) -> None:
+        self._conclude(execution, LOST, {"kind": "lost", "detail": detail})
+
+    def _exec_failed(self, execution: Execution, message: str) -> None:
+        execution.exec_error = message
+
+    def _signal(self, execution: Execution, signal: int, group: bool) -> None:
+        if not execution.killed:
+            self._write(execution, {"kill": signal})
+        execution.killed = signal
+        try:
+            signals.pidfd_send_signal(execution.pidfd, signal)
+            if group and execution.pid > 1:
+                # The kernel lets us reach this box's processes only, so a number that was given to somebody else's
+                # group meanwhile is refused.
+                os.killpg(execution.pid, signal)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+    def _dead(self, execution: Execution) -> None:
+        """The pidfd says that the process has ended."""
+        self._poller.off(execution.pidfd)
+        try:
+            # The zombie stays until the exit is written down: it would go to the zygote together with its status.
+            seen = os.waitid(procs.P_PIDFD, execution.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            self._ask_kernel(execution, time.monotonic() + EXIT_PATIENCE_S)
+            return
+        if seen is None:
+            self._poller.on(execution.pidfd, lambda _: self._dead(execution))
+            return
+        execution.reap = True
+        status = seen.si_status << 8 if seen.si_code == os.CLD_EXITED else seen.si_status
+        self._spawner.read_waiting()  # the child says why it could not exec before it exits
+        self.ended(execution, status)
+
+    def _ask_kernel(self, execution: Execution, deadline: float) -> None:
+        """A dead keeper's child: its parent, the zygote, tells us how it ended; a newer kernel does so as well."""
+        if execution.status is not None or execution.state == "exited":
+            return
+        status = procs.exit_of(execution.pidfd)
+        if status is not None:
+            self.ended(execution, status)
+        elif time.monotonic() > deadline:
+            self._poller.off(execution.pidfd)
+            self._lost(execution, "it has ended, but the process that was its parent then is gone with its exit status")
+        else:
+            self._poller.after(0.05, lambda: self._ask_kernel(execution, deadline))
+
+    def ended(self, execution: Execution, status: int) -> None:
+        """Take the wait status, from whoever had it first."""
+        if execution.status is None and execution.state != "exited":
+            execution.status = status
+            execution.exited_at_ms = _now_ms()
+            self._finish(execution)
+
+    def _finish(self, execution: Execution) -> None:
+        """Exactly what is in the pipes now, then the exit; a full pool makes both wait."""
+        drained = [stream.drain() for stream in execution.streams]
+        if not all(drained):
+            self._poller.after(RETRY_S, lambda: self._finish(execution))
+            return
+        assert execution.status is not None
+        code = os.waitstatus_to_exitcode(execution.status)
+        if code < 0:
+            code = 128 - code
+        self._conclude(execution, code, self._reason(execution, code))
+
+    def _reason(self, execution: Execution, code: int) -> dict[str, Any] | None:
+        if execution.exec_error is not None and code in (125, 126, 127):
+            return {"kind": "exec_failed", "detail": execution.exec_error}
+        if code == 137:
+            kills = self._oom_kills() - execution.box_kills
+            if kills > 0:
+                return {
+                    "kind": "oom",
+                    "detail": f"{kills} processes of the box were killed for lack of memory meanwhile",
+                }
+            if self.box_gone:
+                return {"kind": "killed", "detail": "the box stopped"}
+        if execution.killed and code == 128 + execution.killed:
+            return {"kind": "killed", "detail": f"signal {execution.killed} by request"}
+        return None
+
+    def _conclude(self, execution: Execution, code: int, reason: dict[str, Any] | None) -> None:
+        """Write the exit down, reap, tell everybody."""
+        if execution.state == "exited":
+            return
+        exited_at = execution.exited_at_ms or _now_ms()
+        facts = {"exit": code, "reason": reason, "sizes": execution.sizes(), "end": exited_at}
+        try:
+            self._journal.write(execution.id, facts)
+        except OSError as error:
+            polling.log(f"{execution.id}: its exit waits for the journal: {error.strerror}")
+            self._poller.after(RETRY_S, lambda: self._conclude(execution, code, reason))
+            return
+        execution.exit, execution.reason, execution.exited_at_ms = code, reason, exited_at
+        execution.state = "exited"
+        if execution.reap:
+            try:
+                os.waitid(procs.P_PIDFD, execution.pidfd, os.WEXITED | os.WNOHANG)
+            except ChildProcessError:
+                pass
+        if execution.pidfd >= 0:
+            self._poller.off(execution.pidfd)
+            os.close(execution.pidfd)
+            execution.pidfd = -1
+        self.by_pid.pop(execution.pid, None)
+        if execution.stdin is not None:
+            execution.stdin.close()
+            execution.stdin = None
+        for stream in execution.streams:
+            stream.seal()
+        if not execution.open_pipes():
+            self._settled(execution)
+        self._announce(execution)
+        self._tell(execution)
+        waiters, execution.exit_waiters = execution.exit_waiters, []
+        for call in waiters:
+            call()
+
+    def _pipe_closed(self, execution: Execution) -> None:
+        if execution.state == "exited" and not execution.open_pipes():
+            self._settled(execution)
+
+    def _settled(self, execution: Execution) -> None:
+        """It has exited and nobody holds its pipes: nothing of it needs a successor."""
+        if execution.settled:
+            return
+        execution.settled = True
+        self._active -= 1
+        self._park({"drop": execution.id}, [])
+
+    def _tombstone(self, name: str, fence: int) -> Execution:
+        execution = self._new(name, fence)
+        self._journal.write(name, {"fence": fence, "at": execution.started_at_ms})
+        detail = "killed before it was started"
+        self._conclude(execution, 137, {"kind": "killed_before_start", "detail": detail})
+        return execution
+
+    def _tell(self, execution: Execution) -> None:
+        waiters, execution.waiters = execution.waiters, []
+        for call in waiters:
+            call()
+
+    def _write(self, execution: Execution, change: dict[str, Any]) -> None:
+        """Write down what is no condition for going on: a successor copes without it."""
+        try:
+            self._journal.write(execution.id, change)
+        except OSError as error:
+            polling.log(f"{execution.id}: {sorted(change)} not written down: {error.strerror}")
+
+    # --- a successor
+
+    def recover(self, parked: dict[str, Any], exits: dict[int, int], orphans: int, proof: bool) -> None:
+        """Take up what a dead keeper left.
+
+        `orphans` counts the commands that were started and never parked; they are dead now. The spawner starts in the
+        order of the intents, so the first `orphans` of the intents without a command are lost, and the others provably
+        never ran. Without proof (nobody was there to count) all of them are lost.
+        """
+        unanswered = []
+        for name, facts in list(self._journal.facts.items()):
+            if not name:
+                continue
+            execution = self._new(name, int(facts.get("fence", 0)))
+            execution.started_at_ms = int(facts.get("at", 0))
+            execution.box_kills = int(facts.get("oom", 0))
+            execution.killed = int(facts.get("kill", 0))
+            sizes = facts.get("sizes", [None, None])
+            for stream, size in zip(execution.streams, sizes, strict=True):
+                hole = facts.get(f"hole{stream.number}")
+                stream.recover(size, (hole[0], hole[1]) if hole else None)
+            left = parked.pop(name, None)
+            if "exit" in facts:
+                self._recover_exited(execution, facts, left)
+            elif left is not None:
+                self._recover_running(execution, facts, left, exits)
+            elif "pid" in facts:
+                _kill_if_same(int(facts["pid"]), int(facts.get("start", 0)))
+                self._lost(execution, "its keeper and the zygote that held its pipes died")
+            else:
+                unanswered.append(execution)
+        for execution in unanswered[: orphans if proof else None]:
+            self._lost(execution, "its keeper died while it was being started")
+        for execution in unanswered[orphans:] if proof else []:
+            self._never_ran(execution, "lost", "never started")
+        for left in parked.values():  # no line of the journal speaks of it
+            if "pidfd" in left.descriptors:
+                _kill(left.descriptors["pidfd"])
+            packets.close_all(left.descriptors.values())
+
+    def _recover_exited(self, execution: Execution, facts: dict[str, Any], left: Any) -> None:
+        execution.state, execution.exit, execution.reason = "exited", facts["exit"], facts.get("reason")
+        execution.exited_at_ms, execution.acked = facts.get("end"), "ack" in facts
+        execution.pid = int(facts.get("pid", 0))
+        if left is None:
+            execution.settled = True
+            self._active -= 1
+            return
+        for stream in execution.streams:
+            pipe = left.descriptors.pop(str(stream.number), -1)
+            if pipe >= 0:
+                stream.attach(pipe)
+        packets.close_all(left.descriptors.values())
+        if not execution.open_pipes():
+            self._settled(execution)
+
+    def _recover_running(self, execution: Execution, facts: dict[str, Any], left: Any, exits: dict[int, int]) -> None:
+        execution.pid, execution.pidfd = left.pid, left.descriptors.pop("pidfd")
+        if "pid" not in facts:
+            self._write(execution, {"pid": left.pid, "start": procs.start_time(left.pid) or 0})
+        self._run(execution, left.descriptors)
+        if left.pid in exits:
+            self.ended(execution, exits[left.pid])
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def _memfd(data: bytes) -> int:
+    """Return a descriptor of `data` that is read from its start and that nobody can change."""
+    written = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(written, view) :]
+        fcntl.fcntl(written, F_ADD_SEALS, ALL_SEALS)
+        return os.open(f"/proc/self/fd/{written}", os.O_RDONLY | os.O_CLOEXEC)  # an offset of its own
+    finally:
+        os.close(written)
+
+
+def _whole_text(stream: Stream) -> str | None:
+    """Return a small sealed stream in base64; None if its file is gone."""
+    import binascii
+
+    if stream.size == 0:
+        return ""
+    descriptor = stream.open_for_reading()
+    if descriptor < 0:
+        return None
+    try:
+        data = os.pread(descriptor, stream.size, 0)
+    finally:
+        os.close(descriptor)
+    return binascii.b2a_base64(data, newline=False).decode("ascii")
+
+
+def _kill_if_same(pid: int, start: int) -> None:
+    """Kill a command that nobody can follow any more, if its pid is still it."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        if start and procs.start_time(pid) == start:
+            _kill(pidfd)
+    finally:
+        os.close(pidfd)
+
+
+def _kill(pidfd: int) -> None:
+    try:
+        signals.pidfd_send_signal(pidfd, signals.SIGKILL)
+    except OSError:
+        pass
