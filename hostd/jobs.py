@@ -58,6 +58,7 @@ def boot(cfg: HostConfig, slot: str, n: int, limits: dict[str, int], hostname: s
         "address": made.address,
         "booted_at_ms": made.booted_at_ms,
         "phases": {
+            **(made.phases if fresh else {}),
             "box_ms": round((made_at - began) * 1000, 1),
             "keeper_ms": round((time.monotonic() - made_at) * 1000, 1),
         },

@@ -41,6 +41,7 @@ ACCEPT_AT_ONCE = 64
 SEND_SECONDS = 30.0  # a client that takes no byte of a reply for so long is dropped
 BODY_SECONDS = 60.0
 DRAIN_SECONDS = 15.0  # a restart waits so long for requests and jobs to end
+FRESH_SECONDS = 1.0  # and so long for the first line of connections that were accepted
 BUNDLES_KEPT = 4
 KEPT_DISK_SECONDS = 24 * 3600.0
 _LOG_BYTES, _LOG_FILES = 5 * 1024 * 1024, 4
@@ -62,7 +63,13 @@ class Connection:
         self._held = b""
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._served = False
         self._wait(IDLE_SECONDS)
+
+    @property
+    def is_fresh(self) -> bool:
+        """True until its first line has arrived."""
+        return not self._served
 
     @property
     def is_idle(self) -> bool:
@@ -108,6 +115,7 @@ class Connection:
                 self._refuse(Refused("too_large", f"a request line is over the limit of {LINE_MAX} bytes"))
             return
         self._held = b""
+        self._served = True
         try:
             request = messages.parse_request(line)
         except Refused as refused:
@@ -390,6 +398,9 @@ class Daemon:
         loop = asyncio.get_running_loop()
         if self._listener is not None:
             loop.remove_reader(self._listener)
+        deadline = loop.time() + FRESH_SECONDS
+        while any(connection.is_fresh for connection in self.connections) and loop.time() < deadline:
+            await asyncio.sleep(0.01)
         for connection in list(self.connections):
             if connection.is_idle:
                 connection.close()

@@ -12,7 +12,7 @@ import logging
 import time
 from typing import Any
 
-from hostd import boxes
+from hostd import boxes, images
 from hostd.boxes import Slot, SlotState
 from hostd.config import HostConfig
 from hostd.events import Events
@@ -89,14 +89,16 @@ class Verbs:
     async def prepare_disk(self, box: str, fence: int, image: str, disk_bytes: int) -> dict[str, Any]:
         """Give the devbox a slot with a disk: a warm box when one fits, else a clone of the image."""
         async with self.fences.held(box, fence):
-            slot = self.named.get(box)
+            slot = self.named.get(box) or self._claim_warm(box, image)
+            if slot is not None and self.keepers.link(slot.slot) is not None:
+                return {"slot": slot.slot, "warm": True}
+            if not images.has_image(self._cfg, image):
+                raise Refused("unknown_image", f"image {image} is not on this host")
             if slot is None:
-                slot = self._claim_warm(box, image) or await self._new_slot(box, image, disk_bytes)
+                slot = await self._new_slot(box, image, disk_bytes)
                 self.named[box] = slot
-            warm = self.keepers.link(slot.slot) is not None
-            if not warm:
-                await self._make_disk(slot, image, disk_bytes)
-            return {"slot": slot.slot, "warm": warm}
+            await self._make_disk(slot, image, disk_bytes)
+            return {"slot": slot.slot, "warm": False}
 
     async def boot(
         self,
@@ -160,6 +162,7 @@ class Verbs:
             if link is None or not self._usable(slot.slot) or not boxes.claim_warm(self._cfg, slot.slot, box):
                 self.warm.discard(slot)
                 continue
+            self.named[box] = slot
             self.keepers.name(slot.slot, box)
             return slot
         return None

@@ -20,13 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":  # else the tree to be tested is on the path already, as a bundle
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hostd import boxes, config, images, jobs, keeper_spec, namespaces, packets, serve
 from hostd.boxes import Slot, SlotState
 from hostd.config import HostConfig
 from hostd.keepers import start_time
-from hostd.messages import Refused
 
 IMAGE = "img_stub"
 
@@ -36,8 +36,6 @@ def slot_path(cfg: HostConfig, slot: str) -> Path:
 
 
 def new_slot(cfg: HostConfig, image: str, disk_bytes: int, box: str | None = None) -> Slot:
-    if image != IMAGE:
-        raise Refused("unknown_image", image)
     taken = {config.slot_number(path.stem) for path in Path(cfg.slots).glob("*.json")}
     n = next(n for n in range(100) if n not in taken)
     slot = f"s{n}-{secrets.token_hex(3)}"
@@ -158,7 +156,7 @@ def start_zygote(_: HostConfig) -> socket.socket:
     return ours
 
 
-def serve_stub(path: str) -> None:
+def serve_stub(path: str, inherited: tuple[int, int] | None) -> int:
     cfg = config.load(path)
     for folder in (cfg.slots, cfg.names, cfg.warm_slots, cfg.run, f"{cfg.run}/k", f"{cfg.run}/stub-keeper", cfg.pool):
         os.makedirs(folder, exist_ok=True)
@@ -172,7 +170,8 @@ def serve_stub(path: str) -> None:
     keeper_spec.start_zygote = start_zygote  # type: ignore[assignment]
     namespaces.enter = nothing  # type: ignore[assignment]
     images.list_images = lambda _: [IMAGE]  # type: ignore[assignment]
-    sys.exit(serve.serve(cfg, path))
+    images.has_image = lambda _, image: image == IMAGE  # type: ignore[assignment]
+    return serve.serve(cfg, path, inherited)
 
 
 # --- the stub keeper
@@ -279,7 +278,17 @@ class Keeper:
         return {"error": {"code": "unknown_id", "message": "no"}}
 
 
+def main(argv: list[str]) -> int:
+    if argv[0] == "keeper":
+        Keeper(config.load(argv[1]), argv[2]).loop()
+    if argv[0] == "version":
+        return 0
+    inherited = None
+    if "--inherit" in argv:
+        listener, lock = argv[argv.index("--inherit") + 1].split(",")
+        inherited = int(listener), int(lock)
+    return serve_stub(argv[argv.index("--config") + 1], inherited)
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "keeper":
-        Keeper(config.load(sys.argv[2]), sys.argv[3]).loop()
-    serve_stub(sys.argv[2])
+    sys.exit(main(sys.argv[1:]))

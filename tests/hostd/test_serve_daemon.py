@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import signal
@@ -10,12 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from hostd import messages
+from hostd import bundle, messages
 from hostd.messages import Refused
 from tests.hostd.client import LIMITS, Client, new_id
 
@@ -44,7 +47,8 @@ class Host:
         self.config.update(changes)
         (self.folder / "host.json").write_text(json.dumps(self.config))
         self.process = subprocess.Popen(
-            [sys.executable, STUB, "serve", self.folder / "host.json"], env={**os.environ, **self.environment}
+            [sys.executable, STUB, "serve", "--config", self.folder / "host.json"],
+            env={**os.environ, **self.environment},
         )
         until(self.answers)
 
@@ -140,6 +144,7 @@ def test_refusals(host: Host):
     assert code(lambda: host.client.call("boot", box=box, fence=1, hostname="x", **LIMITS)) == "unknown_box"
     wrong = {"box": box, "fence": 1, "image": "img_other", "disk_bytes": 1 << 30}
     assert code(lambda: host.client.call("prepare_disk", **wrong)) == "unknown_image"
+    assert host.report() == {}
     host.create(box, 5)
     with pytest.raises(Refused) as caught:
         host.client.destroy(box, 4)
@@ -322,7 +327,10 @@ def test_warm_boxes_are_made_claimed_and_found_again(host: Host):
 def test_only_one_hostd(host: Host):
     host.start()
     second = subprocess.run(
-        [sys.executable, STUB, "serve", host.folder / "host.json"], capture_output=True, timeout=20, text=True
+        [sys.executable, STUB, "serve", "--config", host.folder / "host.json"],
+        capture_output=True,
+        timeout=20,
+        text=True,
     )
     assert second.returncode != 0 and "another hostd" in second.stderr
     assert host.answers()
@@ -381,3 +389,71 @@ def test_the_log_tells_no_secret(host: Host):
     host.client.spawn(box, new_id("exe"), "exit 0 hunter2 1", env={"TOKEN": "hunter2"})
     host.remove()
     assert "hunter2" not in (host.folder / "log" / "hostd.log").read_text()
+
+
+def stub_bundle(extra: str = "") -> bundle.Bundle:
+    """A bundle of the real tree that starts the stubs."""
+    main = f"import sys\nsys.path.append({str(STUB.parent)!r})\nimport stub_host\n{extra}\n"
+    main += "sys.exit(stub_host.main(sys.argv[1:]))\n"
+    with zipfile.ZipFile(io.BytesIO(bundle.build().data)) as real:
+        found = io.BytesIO()
+        with zipfile.ZipFile(found, "w") as archive:
+            for name in real.namelist():
+                archive.writestr(name, main if name == "__main__.py" else real.read(name))
+    return bundle.Bundle(found.getvalue(), hashlib.sha256(found.getvalue()).hexdigest())
+
+
+def test_a_shipped_bundle_takes_over_and_nothing_is_cut(host: Host):
+    host.start()
+    assert host.process is not None
+    box, exe = new_id("dbx"), new_id("exe")
+    up = host.create(box, 4)
+    host.client.spawn(box, exe, "sleep 2 9")
+    shipped = stub_bundle()
+    for _ in range(2):
+        host.client.call("ship", shipped.data, digest=shipped.digest)
+    errors: list[BaseException] = []
+    served = [0]
+    stop = threading.Event()
+
+    def keep_asking() -> None:
+        while not stop.is_set():
+            try:
+                host.client.call("hello")
+                served[0] += 1
+            except BaseException as error:
+                errors.append(error)
+
+    askers = [threading.Thread(target=keep_asking) for _ in range(4)]
+    for asker in askers:
+        asker.start()
+    with host.client.connect() as kept:
+        kept.call("state", box=box, id=exe)
+        host.client.call("restart", digest=shipped.digest)
+        until(lambda: host.client.call("hello")["digest"] == shipped.digest)
+        assert kept.call("state", box=box, id=exe)["id"] == exe
+    stop.set()
+    for asker in askers:
+        asker.join()
+    assert served[0] > 20 and not errors
+    assert host.process.poll() is None  # the same process, so whoever supervises it sees no end
+    assert host.create(box, 4) == up
+    with host.client.watch() as watch:
+        assert (event := watch.next())["id"] == exe and event["exit"] == 9
+    assert os.path.realpath(host.folder / "bundles" / "current.pyz").endswith(f"{shipped.digest}.pyz")
+    host.client.call("restart", digest=shipped.digest)  # again, into itself
+    until(lambda: host.client.call("hello")["digest"] == shipped.digest)
+    assert host.report()[box]["state"] == "up"
+
+
+def test_bundles_that_must_not_run(host: Host):
+    host.start()
+    shipped, broken = stub_bundle(), stub_bundle("raise SystemExit('broken')")
+    assert code(lambda: host.client.call("ship", shipped.data + b"x", digest=shipped.digest)) == "bad_request"
+    assert code(lambda: host.client.call("restart", digest=shipped.digest)) == "bad_request"
+    host.client.call("ship", broken.data, digest=broken.digest)
+    assert code(lambda: host.client.call("restart", digest=broken.digest)) == "bad_request"
+    with host.client.connect() as connection:  # a body that is cut leaves nothing
+        connection.socket.sendall(messages.request("ship", digest=shipped.digest, body=100) + b"x")
+    assert host.answers()
+    assert [path.name for path in (host.folder / "bundles").iterdir()] == [f"{broken.digest}.pyz"]
