@@ -23,11 +23,14 @@ from api.asynchronous import Routes, serve
 from api.bodies import Receive, Scope, Send
 from api.stopping import going_down
 from api.waiting import hub
-from config import stopping, websockets
+from config import checks, stopping, websockets
 from config.routes import async_routes, websocket_routes
 from config.wsgi_bridge import Bridge
 
 log = logging.getLogger("config.asgi")
+
+if refused := [problem for problem in checks.problems() if problem.is_serious()]:
+    raise SystemExit("\n".join(f"not serving: {problem.msg}" for problem in refused))
 
 stopping.listen_for_stop()
 bridge = Bridge()

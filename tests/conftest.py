@@ -6,6 +6,7 @@ import config  # noqa: F401  isort: skip  (settles the name ``pty``)
 
 import dataclasses
 import os
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,10 @@ def pytest_configure() -> None:
 
     if not django_settings.SEAL_KEYS:
         django_settings.SEAL_KEYS = [Fernet.generate_key().decode()]
+    if django_settings.SECRET_KEY == django_settings.INSECURE_KEY:
+        django_settings.SECRET_KEY = "for tests only, and long enough to be one"
+    if not django_settings.BERTH.cluster:
+        django_settings.BERTH = dataclasses.replace(django_settings.BERTH, cluster=str(uuid.uuid4()))
     # Whoever does not ask for a Redis gets one that refuses at once.
     django_settings.REDIS_URL = "redis://127.0.0.1:1/0"
 

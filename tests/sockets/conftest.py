@@ -72,6 +72,7 @@ def start_granian(folder: pathlib.Path, redis_url: str, **environment: str) -> G
         "REDIS_URL": redis_url,
         "SEEN": str(folder),
         "BERTH_SECRET_KEY": "for this test only, and long enough to pass",
+        "BERTH_CLUSTER": settings.BERTH.cluster,
         "BERTH_SEAL_KEYS": settings.SEAL_KEYS[0],
         **environment,
     }
