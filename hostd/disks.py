@@ -1,0 +1,280 @@
+"""The pool and the disks in it.
+
+In charge of: the pool's file, loop device, file system and mount; a box's disk (a clone of an image, under a limit),
+its deletion and its keeping. Not in charge of: what an image is (`images`), the ioctls (`btrfs`).
+
+A box's disk is a subvolume `boxes/<slot>` and a member of a quota group of its own, `1/<number of the slot>`. The limit
+lies on the group: whatever is ever made inside the disk counts too. A disk that was kept lies in `boxes-kept/`, under
+`<slot>.<time of its keeping>`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+
+from hostd import btrfs, syscalls
+from hostd.config import HostConfig, slot_number
+from hostd.messages import Refused
+
+LABEL = "berth"
+OPTIONS = "compress=zstd:1,discard=async,space_cache=v2"
+_FULL_BELOW = 0.02  # no new disk when less than this part of the pool is free
+_TOOL_SECONDS = 300
+_KEPT = re.compile(r"(s\d{1,4}-[0-9a-f]{6})\.(\d+)")
+
+
+# --- the pool -------------------------------------------------------------------------------------------------------
+
+
+def is_pool_mounted(cfg: HostConfig) -> bool:
+    return os.path.ismount(cfg.pool) and btrfs.is_btrfs(cfg.pool)
+
+
+def make_pool(cfg: HostConfig) -> bool:
+    """Have a file system to mount: True when it was made now. Raises Refused internal, no_space; OSError.
+
+    The file is allocated, not sparse: a machine whose root runs full would otherwise turn the pool read-only, and end
+    every box. A device that holds anything but a pool of ours is refused, never overwritten.
+    """
+    if is_pool_mounted(cfg):
+        return False
+    if cfg.pool_device:
+        return _make_pool_on(cfg.pool_device)
+    if cfg.pool_bytes is None:
+        raise Refused("internal", f"neither pool_bytes nor pool_device is given, and {cfg.pool} is no mounted btrfs")
+    if os.path.exists(cfg.pool_file) and _label(cfg.pool_file) == LABEL:
+        return False
+    free = os.statvfs(cfg.root)
+    if free.f_bavail * free.f_frsize < cfg.pool_bytes + (1 << 30):
+        raise Refused("no_space", f"{cfg.root} has no room for a pool of {cfg.pool_bytes} bytes and 1 GiB to spare")
+    file = os.open(cfg.pool_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(file, 0, cfg.pool_bytes)
+    finally:
+        os.close(file)
+    run("mkfs.btrfs", "-q", "-f", "-L", LABEL, "-m", "single", cfg.pool_file)
+    return True
+
+
+def _make_pool_on(device: str) -> bool:
+    if _label(device) == LABEL:
+        return False
+    done = subprocess.run(["blkid", "-p", device], capture_output=True, text=True, timeout=_TOOL_SECONDS, check=False)
+    if done.returncode != 2:  # 2: nothing found on it
+        raise Refused("internal", f"{device} holds something already: {done.stdout.strip() or done.stderr.strip()}")
+    run("mkfs.btrfs", "-q", "-L", LABEL, device)
+    return True
+
+
+def is_ours(device: str) -> bool:
+    """Whether a pool of ours lies on the device."""
+    return _label(device) == LABEL
+
+
+def _label(path: str) -> str:
+    done = subprocess.run(
+        ["blkid", "-p", "-o", "value", "-s", "LABEL", path],
+        capture_output=True,
+        text=True,
+        timeout=_TOOL_SECONDS,
+        check=False,
+    )
+    return done.stdout.strip()
+
+
+def mount_pool(cfg: HostConfig) -> None:
+    """Mount the pool; call it in the machine's own mount namespace. Repeatable. Raises Refused internal, OSError."""
+    os.makedirs(cfg.pool, mode=0o711, exist_ok=True)
+    if is_pool_mounted(cfg):
+        return
+    device = cfg.pool_device or attach_loop(cfg.pool_file)
+    syscalls.mount(device, cfg.pool, "btrfs", syscalls.MS_NOATIME, OPTIONS)
+    # Every folder above a box's root must be passable for its (unprivileged) root.
+    os.chmod(cfg.pool, 0o711)
+
+
+def prepare_pool(cfg: HostConfig) -> str:
+    """Quota and folders of the mounted pool. Returns the kind of quota: `simple`, or `full` on kernels before 6.7."""
+    kind = btrfs.quota_kind(cfg.pool)
+    if kind == "off":
+        try:
+            btrfs.enable_simple_quota(cfg.pool)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP):
+                raise
+            btrfs.enable_full_quota(cfg.pool)
+        kind = btrfs.quota_kind(cfg.pool)
+    for folder in (cfg.images, cfg.disks, cfg.kept_disks):
+        os.makedirs(folder, mode=0o711, exist_ok=True)
+    return kind
+
+
+def attach_loop(path: str) -> str:
+    """The loop device of a file, attached with direct I/O if it was not. Raises Refused internal."""
+    attached = loops_of(path)
+    if attached:
+        return attached[0]
+    return run("losetup", "--find", "--show", "--direct-io=on", path).strip()
+
+
+def detach_loop(path: str) -> None:
+    """Detach every loop device of a file; none is fine. Raises Refused internal."""
+    for device in loops_of(path):
+        run("losetup", "--detach", device)
+
+
+def loops_of(path: str) -> list[str]:
+    if not os.path.exists(path):
+        return []
+    return run("losetup", "--noheadings", "--output", "NAME", "--associated", path).split()
+
+
+def space(cfg: HostConfig) -> tuple[int, int]:
+    """(bytes of the pool, bytes free)."""
+    found = os.statvfs(cfg.pool)
+    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+
+
+# --- disks ----------------------------------------------------------------------------------------------------------
+
+
+def group_of(slot: str) -> int:
+    """The quota group of a slot's disk: as unique as the slot, since a deleted disk holds its group for a while."""
+    n, tail = slot_number(slot), int(slot.rpartition("-")[2], 16)
+    return btrfs.qgroup((n + 1) << 24 | tail)
+
+
+def has_disk(cfg: HostConfig, slot: str) -> bool:
+    return os.path.isdir(cfg.disk(slot))
+
+
+def make_disk(cfg: HostConfig, slot: str, image: str, disk_bytes: int) -> None:
+    """Clone ``image`` for the slot under a limit of ``disk_bytes`` beyond the image. Repeatable.
+
+    Raises Refused: unknown_image, no_space; OSError.
+    """
+    group = group_of(slot)
+    if has_disk(cfg, slot):
+        limit_disk(cfg, slot, disk_bytes)
+        return
+    size, free = space(cfg)
+    if free < size * _FULL_BELOW:
+        raise Refused("no_space", f"the pool has {free} of {size} bytes free, less than {_FULL_BELOW:.0%}")
+    with _space_errors(cfg):
+        with contextlib.suppress(FileExistsError):
+            btrfs.create_qgroup(cfg.pool, group)
+        btrfs.limit_qgroup(cfg.pool, group, disk_bytes)
+        try:
+            btrfs.clone(cfg.image_path(image), cfg.disks, slot, group=group)
+        except FileNotFoundError:
+            raise Refused("unknown_image", f"this host has no image {image}") from None
+        except FileExistsError:
+            pass
+
+
+def limit_disk(cfg: HostConfig, slot: str, disk_bytes: int) -> None:
+    """Write another limit. Below what is held already it stops further writing only. Raises OSError."""
+    btrfs.limit_qgroup(cfg.pool, group_of(slot), disk_bytes)
+
+
+def disk_usage(cfg: HostConfig, slot: str) -> tuple[int, int | None]:
+    """(bytes held beyond the image, limit). Raises FileNotFoundError when there is no such disk."""
+    return btrfs.qgroup_usage(cfg.pool, group_of(slot))
+
+
+def delete_disk(cfg: HostConfig, slot: str) -> None:
+    """Unlink a disk and whatever is nested in it; the kernel frees the space later. None there is fine."""
+    _delete(cfg, cfg.disks, slot, slot)
+
+
+def keep_disk(cfg: HostConfig, slot: str) -> None:
+    """Move a disk out of use, to be deleted by :func:`drop_kept`. None there is fine."""
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(cfg.disk(slot), f"{cfg.kept_disks}/{slot}.{int(time.time())}")
+
+
+def kept(cfg: HostConfig) -> list[tuple[str, str, int]]:
+    """(name, slot, kept at, in seconds since 1970) of every kept disk."""
+    found = (_KEPT.fullmatch(name) for name in os.listdir(cfg.kept_disks))
+    return [(match[0], match[1], int(match[2])) for match in found if match]
+
+
+def drop_kept(cfg: HostConfig, older_than_seconds: float) -> int:
+    """Delete disks that were kept longer ago than that; returns how many."""
+    before = time.time() - older_than_seconds
+    gone = [(name, slot) for name, slot, at in kept(cfg) if at <= before]
+    for name, slot in gone:
+        _delete(cfg, cfg.kept_disks, name, slot)
+    return len(gone)
+
+
+def drop_idle_groups(cfg: HostConfig) -> int:
+    """Remove quota groups whose disk is gone and cleaned up by the kernel; returns how many."""
+    # Slots with a record count even without a disk: one may be about to get it.
+    recorded = [name.removesuffix(".json") for name in os.listdir(cfg.slots)]
+    in_use = set()
+    for slot in [*recorded, *os.listdir(cfg.disks), *(slot for _, slot, _ in kept(cfg))]:
+        with contextlib.suppress(ValueError):
+            in_use.add(group_of(slot))
+    removed = 0
+    for group in btrfs.level_1_groups(cfg.pool):
+        if group in in_use:
+            continue
+        try:
+            btrfs.remove_qgroup(cfg.pool, group)
+            removed += 1
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.ENOENT):
+                raise
+    return removed
+
+
+def _delete(cfg: HostConfig, folder: str, name: str, slot: str) -> None:
+    path = f"{folder}/{name}"
+    if not os.path.isdir(path):
+        return
+    # At its limit a group has no room for the bookkeeping of a deletion either (EDQUOT).
+    with contextlib.suppress(OSError):
+        btrfs.limit_qgroup(cfg.pool, group_of(slot), None)
+    try:
+        btrfs.delete_subvolume(folder, name)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        for nested in btrfs.nested_subvolumes(path):
+            with contextlib.suppress(FileNotFoundError):
+                btrfs.delete_subvolume_by_id(cfg.pool, nested)
+        btrfs.delete_subvolume(folder, name)
+    with contextlib.suppress(OSError):  # busy, most often: drop_idle_groups comes again
+        btrfs.remove_qgroup(cfg.pool, group_of(slot))
+
+
+@contextlib.contextmanager
+def _space_errors(cfg: HostConfig) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Refused("no_space", f"the pool {cfg.pool} is full") from None
+        raise
+
+
+def run(*argv: str) -> str:
+    """Run a tool and return its output. Raises Refused internal with its words, or naming the time it took too long."""
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=_TOOL_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise Refused("internal", f"{argv[0]} took more than {_TOOL_SECONDS} s") from None
+    except FileNotFoundError:
+        raise Refused("internal", f"{argv[0]} is not installed") from None
+    if done.returncode:
+        raise Refused("internal", f"{' '.join(argv)} ended with {done.returncode}: {done.stderr.strip()[:500]}")
+    return done.stdout
