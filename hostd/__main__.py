@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("setup", "make this machine ready: pool, network, image"),
+        ("stop", "end the boxes and all that runs, and keep the data"),
         ("teardown", "remove every trace of the install, its boxes included"),
         ("serve", "serve requests on the install's socket"),
     ):
@@ -47,10 +48,10 @@ def main(argv: list[str] | None = None) -> int:
             from hostd import setup
 
             return setup.run(cfg, say)
-        if options.command == "teardown":
+        if options.command in ("stop", "teardown"):
             from hostd import teardown
 
-            return teardown.run(cfg, say)
+            return teardown.run(cfg, say, keep_data=options.command == "stop")
         return _serve(cfg, options)
     except (config.ConfigError, OSError, messages.Refused) as error:
         code = error.code if isinstance(error, messages.Refused) else "internal"

@@ -1,4 +1,4 @@
-"""Removing every trace of an install from a machine.
+"""Stopping an install, and removing every trace of it from a machine.
 
 In charge of: the order in which processes, mounts, kernel objects and files go. Works on any half state, may be
 repeated. Not in charge of: packages, and the image cache, which other installs of the machine may share.
@@ -27,10 +27,13 @@ _UNMOUNT_SECONDS: Final = 20.0
 _LINK_SECONDS: Final = 2.0
 
 
-def run(cfg: HostConfig, say: Say) -> int:
-    """Tear the install down, telling each step as a JSON object; the last has ``done`` or ``error``. Returns 0 or 1."""
+def run(cfg: HostConfig, say: Say, *, keep_data: bool = False) -> int:
+    """Tear the install down, telling each step as a JSON object; the last has ``done`` or ``error``. Returns 0 or 1.
+
+    With ``keep_data`` the files stay, the pool among them: nothing runs, and the next start of hostd brings it back.
+    """
     try:
-        tear_down(cfg, say)
+        (stop if keep_data else tear_down)(cfg, say)
     except (Refused, cgroups.Stuck, OSError, subprocess.SubprocessError) as error:
         code = error.code if isinstance(error, Refused) else "internal"
         say({"error": {"code": code, "message": str(error)}})
@@ -39,17 +42,27 @@ def run(cfg: HostConfig, say: Say) -> int:
     return 0
 
 
-def tear_down(cfg: HostConfig, say: Say) -> None:
-    """Everything, in order: who holds a thing goes before the thing. Raises Refused, Stuck, OSError."""
+def stop(cfg: HostConfig, say: Say) -> None:
+    """All that runs or lives in the kernel, in order: who holds a thing goes before the thing.
+
+    Raises Refused, Stuck, OSError.
+    """
     ended = _end_processes(cfg)
     say({"step": "processes", "ended": ended})
     say({"step": "boxes", "ended": _end_boxes(cfg)})
-    _remove_pool(cfg)
+    _unmount_pool(cfg)
     say({"step": "pool"})
     _remove_network(cfg)
     say({"step": "network"})
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(cfg.run)
+
+
+def tear_down(cfg: HostConfig, say: Say) -> None:
+    """Everything, the files last. Raises Refused, Stuck, OSError."""
+    stop(cfg, say)
+    if cfg.pool_device and disks.is_ours(cfg.pool_device):
+        disks.run("wipefs", "--all", "--quiet", cfg.pool_device)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(cfg.root)
     config.release_install(cfg.install, cfg.root)
@@ -114,8 +127,8 @@ def _end_boxes(cfg: HostConfig) -> int:
     return sum(name.startswith("b-") for name in names)
 
 
-def _remove_pool(cfg: HostConfig) -> None:
-    """The mount namespace with all that was mounted in it, the pool's mount, its loop device and file."""
+def _unmount_pool(cfg: HostConfig) -> None:
+    """The mount namespace with all that was mounted in it, the pool's mount and its loop device; never its data."""
     namespaces.unpin(cfg)
     deadline = time.monotonic() + _UNMOUNT_SECONDS
     while os.path.ismount(cfg.pool):
@@ -126,8 +139,6 @@ def _remove_pool(cfg: HostConfig) -> None:
             if error.errno != 16 or time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
-    if cfg.pool_device and disks.is_ours(cfg.pool_device):
-        disks.run("wipefs", "--all", "--quiet", cfg.pool_device)
     disks.detach_loop(cfg.pool_file)
 
 
