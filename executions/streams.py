@@ -23,8 +23,8 @@ from typing import Any, Final
 
 import orjson
 
-from api.asynchronous import going_down
 from api.errors import ApiError, TooManyRequests
+from api.stopping import going_down
 from api.threads import in_database
 from api.waiting import hub
 from executions import endings

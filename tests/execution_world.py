@@ -164,3 +164,61 @@ class Events:
     def ended(self) -> None:
         """Nothing of an event is left over."""
         assert self._buffer == b""
+
+
+class Streaming:
+    """A client of a streaming operation that sees every piece as it is sent, and may leave."""
+
+    def __init__(self, party: Any, path: str) -> None:
+        from config.asgi import application
+
+        self.events = Events()
+        self.status: int | None = None
+        self.headers: dict[str, str] = {}
+        self.body = b""
+        self.over = False
+        self._gone = asyncio.Event()
+        path, _, query = path.partition("?")
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": path,
+            "query_string": query.encode(),
+            "headers": [(b"authorization", f"Bearer {party.secret}".encode()), (b"accept", b"text/event-stream")],
+        }
+        self.task = asyncio.ensure_future(application(scope, self._receive, self._send))
+        self._changed = asyncio.Condition()
+
+    async def _receive(self) -> dict[str, Any]:
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+        else:
+            self.body += message.get("body", b"")
+            if self.status == 200:
+                self.events.feed(message.get("body", b""))
+            self.over = not message.get("more_body", False)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def until(self, happened: Any, within: float = 5.0) -> None:
+        """Wait until `happened(events)` is true or the answer is over."""
+        async with asyncio.timeout(within), self._changed:
+            await self._changed.wait_for(lambda: self.over or happened(self.events))
+        assert happened(self.events)
+
+    async def end(self, within: float = 5.0) -> Events:
+        """Wait for the clean end of the answer."""
+        await asyncio.wait_for(asyncio.shield(self.task), within)
+        assert self.over
+        self.events.ended()
+        return self.events
+
+    async def leave(self) -> None:
+        """Close the connection."""
+        self._gone.set()
+        await asyncio.wait_for(self.task, 5)

@@ -1,0 +1,300 @@
+"""Output as server-sent events: order, offsets, heartbeats, the end, and what a cut looks like."""
+
+import asyncio
+import dataclasses
+import random
+
+import pytest
+
+from api.stopping import GoingDown
+from executions import streams
+from executions.models import Execution
+from tests.execution_world import Streaming, World
+
+
+@pytest.fixture
+def world(web, alice):
+    return World(web, alice.account_id)
+
+
+def url(world, execution_id, stream="stdout", query=""):
+    return world.execution_url(execution_id, f"/stream_{stream}_updates{query}")
+
+
+def completed(world, party, stdout=b"", stderr=b"", command="cmd"):
+    world.fake.script(command, stdout=stdout, stderr=stderr)
+    execution_id = party.post(f"{world.url}/execute_async", {"command": command}).json()["execution_id"]
+    world.work()
+    assert world.row(execution_id).status == "completed"
+    return execution_id
+
+
+def say(world, execution_id, data, stream="stdout"):
+    execution = world.fake.boxes[world.devbox_id].executions[execution_id]
+    setattr(execution, stream, getattr(execution, stream) + data)
+
+
+def run(world, coroutine):
+    with world.working():
+        return world.web.run(coroutine)
+
+
+def replay(world, party, execution_id, stream="stdout", query=""):
+    async def scenario():
+        return await Streaming(party, url(world, execution_id, stream, query)).end()
+
+    return run(world, scenario())
+
+
+def test_a_running_command_streams_as_it_speaks_and_ends_with_it(world, alice):
+    execution_id = world.started(alice)
+
+    async def scenario():
+        out = Streaming(alice, url(world, execution_id))
+        err = Streaming(alice, url(world, execution_id, "stderr"))
+        await out.until(lambda events: events.comments == 1)
+        assert out.headers["content-type"].startswith("text/event-stream")
+        for word in ("one\n", "two\n", "three\n"):
+            say(world, execution_id, word.encode())
+            await out.until(lambda events, word=word: events.text.endswith(word), within=1)
+        say(world, execution_id, b"trouble", "stderr")
+        await err.until(lambda events: events.text == "trouble", within=1)
+        assert not out.over
+        world.fake.finish(execution_id, stdout=b"last")
+        return await out.end(), await err.end()
+
+    out, err = run(world, scenario())
+    assert out.updates == [
+        {"output": "one\n", "offset": 4},
+        {"output": "two\n", "offset": 8},
+        {"output": "three\n", "offset": 14},
+        {"output": "last", "offset": 18},
+    ]
+    assert (err.text, out.error, err.error) == ("trouble", None, None)
+
+
+def test_a_stream_opened_before_the_start_waits_for_it(world, alice):
+    world.paused = True
+    execution_id = alice.post(f"{world.url}/execute_async", {"command": "x"}).json()["execution_id"]
+
+    async def scenario():
+        stream = Streaming(alice, url(world, execution_id))
+        await stream.until(lambda events: events.comments == 1)
+        world.fake.script("x", stdout=b"hello")
+        world.paused = False
+        return await stream.end()
+
+    assert run(world, scenario()).text == "hello"
+
+
+def test_after_completion_the_whole_output_is_replayed(world, alice):
+    text = "".join(f"line {n} é\n" for n in range(3000))
+    execution_id = completed(world, alice, text.encode(), b"err")
+    events = replay(world, alice, execution_id)
+    assert events.text == text == alice.get(world.execution_url(execution_id, "?last_n=5000")).json()["stdout"]
+    assert events.offset == len(text.encode())
+    assert replay(world, alice, execution_id, "stderr").text == "err"
+
+
+def test_an_empty_output_is_a_clean_end(world, alice):
+    events = replay(world, alice, completed(world, alice))
+    assert (events.updates, events.error) == ([], None)
+
+
+@pytest.mark.parametrize("kept", ["row", "host"])
+def test_coming_back_at_every_offset_loses_and_repeats_nothing(world, alice, monkeypatch, kept):
+    if kept == "host":
+        monkeypatch.setattr("executions.execution_flow.objects.put", refuse)
+        monkeypatch.setattr("hostd.messages.INLINE_MAX", 10)
+    monkeypatch.setattr("executions.streams.EVENT_BYTES", 3)
+    data = "aé日🎉z".encode() + b"\xff\xe2\x82"
+    execution_id = completed(world, alice, data)
+    assert world.row(execution_id).kept == kept
+    whole = replay(world, alice, execution_id)
+    assert whole.text == data.decode("utf-8", "replace")
+    assert whole.offset == len(data)
+    for index, update in enumerate(whole.updates):
+        rest = replay(world, alice, execution_id, query=f"?offset={update['offset']}")
+        assert "".join(one["output"] for one in whole.updates[: index + 1]) + rest.text == whole.text
+
+
+def refuse(*args, **kwargs):
+    from storage.objects import StorageError
+
+    raise StorageError("store", "key", "away")
+
+
+def test_events_never_end_inside_a_character(world, alice):
+    execution_id = world.started(alice)
+    data = "aé日🎉".encode() * 20
+    random.seed(1)
+
+    async def scenario():
+        stream = Streaming(alice, url(world, execution_id))
+        at = 0
+        while at < len(data):
+            step = random.randint(1, 3)
+            say(world, execution_id, data[at : at + step])
+            at += step
+            await asyncio.sleep(0.006)
+        world.fake.finish(execution_id)
+        return await stream.end()
+
+    events = run(world, scenario())
+    assert len(events.updates) > 10
+    assert events.text == data.decode()
+    at = 0
+    for update in events.updates:
+        at += len(update["output"].encode())
+        assert update["offset"] == at
+
+
+@pytest.mark.parametrize(("query", "want"), [("?offset=", "hello"), ("?offset=0", "hello"), ("?offset=3", "lo")])
+def test_an_offset_is_the_first_byte_to_send(world, alice, query, want):
+    assert replay(world, alice, completed(world, alice, b"hello"), query=query).text == want
+
+
+@pytest.mark.parametrize("offset", ["5", "6", "99999999999999"])
+def test_an_offset_at_or_past_the_end_is_a_clean_end(world, alice, offset):
+    events = replay(world, alice, completed(world, alice, b"hello"), query=f"?offset={offset}")
+    assert (events.updates, events.error) == ([], None)
+
+
+@pytest.mark.parametrize("offset", ["-1", "x", "1.0"])
+def test_an_offset_that_is_none_is_refused(world, alice, offset):
+    execution_id = completed(world, alice, b"hello")
+    assert alice.get(url(world, execution_id, query=f"?offset={offset}")).status_code == 400
+
+
+def test_silence_is_filled_with_comments(world, alice, monkeypatch):
+    monkeypatch.setattr(streams, "HEARTBEAT_SECONDS", 0.05)
+    execution_id = world.started(alice)
+
+    async def scenario():
+        stream = Streaming(alice, url(world, execution_id))
+        await stream.until(lambda events: events.comments >= 4, within=2)
+        assert b"id:" not in stream.body
+        assert b"retry:" not in stream.body
+        world.fake.finish(execution_id, stdout=b"x")
+        return await stream.end()
+
+    assert run(world, scenario()).text == "x"
+
+
+def test_the_official_heartbeat_is_often_enough():
+    assert streams.HEARTBEAT_SECONDS <= 15
+
+
+def test_a_host_that_comes_back_is_not_noticed(world, alice, monkeypatch):
+    monkeypatch.setattr(streams, "RETRY_FIRST_SECONDS", 0.02)
+    execution_id = world.started(alice)
+
+    async def scenario():
+        stream = Streaming(alice, url(world, execution_id))
+        say(world, execution_id, "sch\u00f6n".encode()[:4])
+        await stream.until(lambda events: events.text == "sch")
+        world.reporting, world.fake.unreachable = False, True
+        await asyncio.sleep(0.1)
+        assert not stream.over
+        world.fake.unreachable, world.reporting = False, True
+        world.fake.finish(execution_id, stdout="sch\u00f6n".encode()[4:])
+        return await stream.end()
+
+    events = run(world, scenario())
+    assert (events.text, events.error) == ("schön", None)
+
+
+def test_a_host_that_stays_away_ends_the_stream_with_408(world, alice, monkeypatch):
+    monkeypatch.setattr(streams, "RETRY_FIRST_SECONDS", 0.02)
+    monkeypatch.setattr(streams, "TROUBLE_SECONDS", 0.3)
+    execution_id = world.started(alice)
+
+    async def scenario():
+        stream = Streaming(alice, url(world, execution_id))
+        say(world, execution_id, b"begin")
+        await stream.until(lambda events: events.text == "begin")
+        world.fake.unreachable = True
+        events = await stream.end()
+        world.fake.unreachable = False
+        return events
+
+    world.paused = True
+    events = run(world, scenario())
+    assert (events.error["code"], events.offset) == (408, 5)
+    world.paused = False
+    world.fake.finish(execution_id, stdout=b"+end")
+    assert replay(world, alice, execution_id, query=f"?offset={events.offset}").text == "+end"
+
+
+def test_an_end_that_is_heard_elsewhere_lets_the_stream_go_on_from_the_row(world, alice, monkeypatch):
+    monkeypatch.setattr(streams, "RETRY_FIRST_SECONDS", 0.02)
+    execution_id = world.started(alice)
+
+    async def scenario():
+        stream = Streaming(alice, url(world, execution_id))
+        say(world, execution_id, b"begin")
+        await stream.until(lambda events: events.text == "begin")
+        world.fake.finish(execution_id, stdout=b"+end")
+        world.fake.fail("follow", times=100)
+        return await stream.end()
+
+    assert run(world, scenario()).text == "begin+end"
+
+
+def test_lost_output_ends_with_500(world, alice):
+    execution_id = world.started(alice)
+    from executions.services import after_destroy
+
+    after_destroy(world.devbox_id, "health_check_failed")
+    events = replay(world, alice, execution_id)
+    assert events.error["code"] == 500
+    assert "lost" in events.error["message"]
+    body = alice.get(world.execution_url(execution_id)).json()
+    assert (body["exit_status"], body["stdout"], body["stdout_truncated"]) == (-1, "", True)
+
+
+def test_a_server_that_stops_says_408(world, alice, monkeypatch):
+    execution_id = world.started(alice)
+
+    stopping = GoingDown()
+    monkeypatch.setattr(streams, "going_down", stopping)
+
+    async def scenario():
+        stream = Streaming(alice, url(world, execution_id))
+        say(world, execution_id, b"begin")
+        await stream.until(lambda events: events.text == "begin")
+        stopping.begin()
+        return await stream.end()
+
+    events = run(world, scenario())
+    assert (events.text, events.error["code"]) == ("begin", 408)
+
+
+def test_a_client_that_leaves_frees_its_place(world, alice, settings):
+    settings.BERTH = dataclasses.replace(settings.BERTH, CAP_STREAMS=1)
+    execution_id = world.started(alice)
+
+    async def scenario():
+        first = Streaming(alice, url(world, execution_id))
+        await first.until(lambda events: events.comments == 1)
+        second = Streaming(alice, url(world, execution_id, "stderr"))
+        await asyncio.wait_for(second.task, 5)
+        assert second.status == 429
+        assert int(second.headers["retry-after"]) >= 1
+        await first.leave()
+        assert not streams._open
+        third = Streaming(alice, url(world, execution_id))
+        await third.until(lambda events: events.comments == 1)
+        world.fake.finish(execution_id)
+        await third.end()
+
+    run(world, scenario())
+    assert not streams._open
+
+
+def test_a_stranger_streams_nothing(world, alice, bob, charlie):
+    execution_id = completed(world, alice, b"secret")
+    assert replay(world, bob, execution_id).text == "secret"
+    answer = charlie.get(url(world, execution_id))
+    assert (answer.status_code, answer.headers["content-type"]) == (404, "application/json")
+    assert Execution.objects.count() == 1
