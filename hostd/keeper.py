@@ -71,6 +71,12 @@ def keep(given: Inheritance) -> None:
     for role, descriptor in given.descriptors:
         if role == "keeper_cgroup":
             os.write(descriptor, b"0")
+        elif role == "init":
+            try:
+                # The machine owns the box's network, so that the box's root has no power over it; only root may enter.
+                procs.setns(descriptor, procs.NETWORK_NAMESPACE)
+            except ProcessLookupError:
+                pass  # the box has ended: nothing will be started in it
     uid = int(given.spec["uid"])
     os.setgroups([])
     os.setresgid(uid, uid, uid)
@@ -124,6 +130,7 @@ class Keeper:
             self.spawner,
             Settings(spec),
             self.oom_kills,
+            lambda: procs.exiting(int(spec["init_pid"])),
             self._park,
             self._announce,
         )

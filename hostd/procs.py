@@ -40,8 +40,9 @@ _NR = _SYSCALLS[os.uname().machine]
 SIGCHLD = 17
 CLONE_PARENT = 0x00008000
 CLONE_PIDFD = 0x00001000
-BOX_NAMESPACES = 0x10000000 | 0x00020000 | 0x40000000 | 0x20000000 | 0x08000000 | 0x04000000 | 0x02000000
-"""user, mount, net, pid, ipc, uts, cgroup: all that a box has of its own."""
+NETWORK_NAMESPACE = 0x40000000
+BOX_NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x08000000 | 0x04000000 | 0x02000000
+"""user, mount, pid, ipc, uts, cgroup: all that a box owns. Its network is the machine's: keepers are born in it."""
 
 PR_SET_DUMPABLE = 4
 PR_SET_NAME = 15
@@ -190,6 +191,15 @@ def parent(pid: int) -> int | None:
             return int(file.read().rsplit(b")", 1)[1].split()[1])
     except OSError:
         return None
+
+
+def exiting(pid: int) -> bool:
+    """Is this process gone or on its way out? A pid namespace's init waits there until everybody in it is reaped."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return bool(int(file.read().rsplit(b")", 1)[1].split()[6]) & 0x4)  # PF_EXITING
+    except OSError:
+        return True
 
 
 def children() -> list[int]:

@@ -25,7 +25,7 @@ from collections.abc import Awaitable, Callable
 from logging.handlers import RotatingFileHandler
 from typing import Any
 
-from hostd import bundle, jobs, keeper_spec, messages, namespaces
+from hostd import bundle, jobs, keeper_spec, messages, namespaces, setup
 from hostd.config import HostConfig
 from hostd.events import Events
 from hostd.fences import Fences
@@ -500,6 +500,8 @@ def serve(cfg: HostConfig, config_path: str, inherited: tuple[int, int] | None =
     _raise_limits()
     os.umask(0o022)
     os.chdir("/")
+    if inherited is None:
+        setup.bring_up(cfg)  # what a restart of the machine took away
     namespaces.enter(cfg)
     # Inits of boxes become our children, so that their exit status can be told.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

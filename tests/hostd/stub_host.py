@@ -23,7 +23,7 @@ from typing import Any
 if __name__ == "__main__":  # else the tree to be tested is on the path already, as a bundle
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hostd import boxes, config, images, jobs, keeper_spec, namespaces, packets, serve
+from hostd import boxes, config, images, jobs, keeper_spec, namespaces, packets, serve, setup
 from hostd.boxes import Slot, SlotState
 from hostd.config import HostConfig
 from hostd.keepers import start_time
@@ -168,7 +168,7 @@ def serve_stub(path: str, inherited: tuple[int, int] | None) -> int:
         jobs.JOBS[name] = nothing
     jobs.zygote = zygote  # type: ignore[assignment]
     keeper_spec.start_zygote = start_zygote  # type: ignore[assignment]
-    namespaces.enter = nothing  # type: ignore[assignment]
+    namespaces.enter = setup.bring_up = nothing  # type: ignore[assignment]
     images.list_images = lambda _: [IMAGE]  # type: ignore[assignment]
     images.has_image = lambda _, image: image == IMAGE  # type: ignore[assignment]
     return serve.serve(cfg, path, inherited)
