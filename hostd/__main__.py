@@ -43,11 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         say({"protocol": messages.PROTOCOL, "digest": bundle.digest_of(path) if path else ""})
         return 0
     try:
-        cfg = config.load(options.config)
         if options.command == "setup":
             from hostd import setup
 
-            return setup.run(cfg, say)
+            return setup.run(setup.load(options.config), say)
+        cfg = config.load(options.config)
         if options.command in ("stop", "teardown"):
             from hostd import teardown
 

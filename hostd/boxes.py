@@ -1,9 +1,9 @@
 """Boxes: made, limited and destroyed.
 
-In charge of the order of steps that turn a slot into a running box and back into nothing. Every function may run twice
-and may be killed anywhere: :func:`destroy_box` cleans whatever half state it finds, :func:`make_box` clears a half-made
-box before it makes one. Not in charge of: fences and who may ask (`verbs`), what runs inside (`keeper`), whose a slot is
-(`slots`), how each part is done (`disks`, `network`, `cgroups`, `namespaces`, `bundles`).
+In charge of: the order of steps that turn a slot into a running box and back into nothing. Every function may run
+twice and may be killed anywhere: :func:`destroy_box` cleans whatever half state it finds, :func:`make_box` clears a
+half-made box before it makes one. Not in charge of: fences and who may ask (`verbs`), what runs inside (`keeper`), whose
+a slot is (`slots`), how each part is done (`disks`, `network`, `cgroups`, `namespaces`, `bundles`).
 
 Runs in the maker processes, as root, inside the install's private mount namespace (:func:`hostd.namespaces.enter`).
 """
@@ -312,9 +312,10 @@ def open_keeper_fds(cfg: HostConfig, slot: str, n: int) -> list[tuple[str, int]]
     driver = cgroups.detect()
     opened: list[tuple[str, int]] = []
     try:
-        for role, path in ((keeper_spec.KEEPER_CGROUP, cfg.keeper_cgroup(slot)), (keeper_spec.BOX_CGROUP, cfg.box_cgroup(slot))):
-            for file in driver.procs(path):
-                opened.append((role, os.open(file, os.O_WRONLY | os.O_CLOEXEC)))
+        for file in driver.procs(cfg.keeper_cgroup(slot)):
+            opened.append((keeper_spec.KEEPER_CGROUP, os.open(file, os.O_WRONLY | os.O_CLOEXEC)))
+        for file in driver.procs(cfg.box_cgroup(slot)):
+            opened.append((keeper_spec.BOX_CGROUP, os.open(file, os.O_WRONLY | os.O_CLOEXEC)))
         opened.append((keeper_spec.INIT, os.pidfd_open(made.init_pid)))
         if bundles.start_time(made.init_pid) != made.init_start:
             raise Refused("not_ready", f"the init of {slot} has just ended")

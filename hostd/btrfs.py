@@ -246,7 +246,9 @@ def nested_subvolumes(path: str) -> list[int]:
     found: list[int] = []
     level = [subvolume_id(path)]
     while level:
-        below = [offset for parent in level for _, offset, _ in _search(path, _ROOT_TREE, parent, parent, _ROOT_REF_KEY)]
+        below = []
+        for parent in level:
+            below += [offset for _, offset, _ in _search(path, _ROOT_TREE, parent, parent, _ROOT_REF_KEY)]
         found[:0] = below
         level = below
         if len(found) > 1_000_000:

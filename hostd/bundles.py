@@ -26,6 +26,7 @@ INIT: Final = "/run/berth/init"  # inside a box
 _CRUN_SECONDS: Final = 20.0
 _ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 
+_TERMINALS: Final = ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5")
 MASKED: Final = (
     *("/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/key-users", "/proc/latency_stats"),
     *("/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/proc/interrupts"),
@@ -78,7 +79,7 @@ def oci_config(
         "mounts": [
             _mount("/proc", "proc", "proc", *plain),
             _mount("/dev", "tmpfs", "tmpfs", "nosuid", "strictatime", "mode=755", "size=64k"),
-            _mount("/dev/pts", "devpts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"),
+            _mount("/dev/pts", "devpts", "devpts", *_TERMINALS),
             _mount("/dev/shm", "tmpfs", "shm", *plain, "mode=1777", f"size={memory_bytes // 2}"),
             _mount("/dev/mqueue", "mqueue", "mqueue", *plain),
             _mount("/sys", "tmpfs", "tmpfs", *plain, "ro", "size=4k", "mode=755"),
@@ -171,10 +172,10 @@ def _become_crun(arguments: list[str], join: list[int], streams: tuple[int, int,
             os._exit(70)
         for descriptor in join:
             os.write(descriptor, b"0")
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and that would outlive exec
-            signal.signal(number, signal.SIG_DFL)
-        for number, descriptor in enumerate(streams):
-            os.dup2(descriptor, number)
+        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and that would outlive exec
+            signal.signal(ignored, signal.SIG_DFL)
+        for target, descriptor in enumerate(streams):
+            os.dup2(descriptor, target)
         os.execve(arguments[0], arguments, _ENVIRONMENT)
     finally:
         os._exit(71)

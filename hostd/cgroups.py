@@ -109,7 +109,8 @@ class Hierarchies(ABC):
                 self.thaw(path)
             self._kill_all(path, left)
             if time.monotonic() > deadline:
-                raise Stuck(f"{len(left)} processes of {path} are alive {seconds:g} s after SIGKILL: {sorted(left)[:5]}")
+                some = sorted(left)[:5]
+                raise Stuck(f"{len(left)} processes of {path} are alive {seconds:g} s after SIGKILL: {some}")
             time.sleep(pause)
             pause = min(pause * 2, 0.02)
 

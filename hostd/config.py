@@ -248,7 +248,7 @@ def from_dict(data: object) -> HostConfig:
     that an older hostd can read a newer file. Raises ConfigError."""
     if not isinstance(data, dict):
         raise ConfigError("host.json must hold a JSON object")
-    install = data.get("install")
+    install: Any = data.get("install")
     if not _is_int(install) or not 0 <= install < INSTALLS:
         raise ConfigError(f"install must be a number 0..{INSTALLS - 1}, not {install!r}")
     known = {field.name for field in dataclasses.fields(HostConfig)}
@@ -306,7 +306,7 @@ def _is_plain_path(value: object) -> bool:
 
 def _is_ipv4(value: object) -> bool:
     try:
-        ipaddress.IPv4Address(value)  # type: ignore[arg-type]
+        ipaddress.IPv4Address(value)
     except ValueError:
         return False
     return isinstance(value, str)

@@ -1,7 +1,8 @@
 """Base images: built or imported once, kept as one stream, received into the pool.
 
-In charge of: the recipe of Berth's own image, the cache of streams, image ids. Not in charge of: boxes' disks (`disks`),
-nor how a stream reaches another machine: put `<id>.btrfs.zst` and `<id>.json` into its cache folder before `setup`.
+In charge of: the recipe of Berth's own image, the cache of streams, image ids. Not in charge of: boxes' disks
+(`disks`), nor how a stream reaches another machine: put `<id>.btrfs.zst` into its cache folder and the id into its
+configuration before `setup`.
 
 An image is a read-only btrfs subvolume. It is always received from its stream, on the machine that built it as well:
 increments between hosts need the same received uuid everywhere. The id is taken from the stream's own bytes, so one id

@@ -4,9 +4,9 @@ In charge of: making, pinning and entering the first; making the second owned by
 is mounted for a box (`boxes`), network namespaces (`network`).
 
 Every hostd of an install, and whoever cleans up after one, enters the same mount namespace, pinned at
-`<run>/mounts/ns`: what a killed hostd left mounted is found and unmounted by the next. It differs from the machine's own
-in two ways: mounts do not travel out of it, and on a hybrid machine the unified cgroup mount is gone (crun 1.8.1 refuses
-such machines otherwise).
+`<run>/mounts/ns`: what a killed hostd left mounted is found and unmounted by the next. It differs from the machine's
+own in two ways: mounts do not travel out of it, and on a hybrid machine the unified cgroup mount is gone (crun 1.8.1
+refuses such machines otherwise).
 """
 
 from __future__ import annotations

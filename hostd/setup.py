@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -135,8 +134,6 @@ def _write_parts(cfg: HostConfig) -> None:
 def _check_machine(warn: Callable[[str], None]) -> None:
     if os.geteuid() != 0:
         raise Refused("internal", "set-up must run as root")
-    if sys.version_info < (3, 11):
-        raise Refused("internal", f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
     if os.uname().machine not in ("x86_64", "aarch64"):
         raise Refused("internal", f"boxes are made on x86_64 and aarch64 only, not on {os.uname().machine}")
     kernel = kernel_version(os.uname().release)
@@ -144,8 +141,8 @@ def _check_machine(warn: Callable[[str], None]) -> None:
         raise Refused("internal", f"Linux 5.15 or newer is needed, this is {os.uname().release}")
     if kernel < _SIMPLE_QUOTA_KERNEL:
         warn(
-            f"Linux {os.uname().release} has no simple quotas: ordinary quota groups are used, which are slow with many "
-            "boxes. A newer kernel is in Debian's backports: apt-get install -t bookworm-backports linux-image-amd64"
+            f"Linux {os.uname().release} has no simple quotas: ordinary quota groups are used, which are slow with "
+            "many boxes. A newer kernel is in Debian's backports: apt-get install -t bookworm-backports linux-image-amd64"
         )
     cgroups.detect()  # raises what is missing
 

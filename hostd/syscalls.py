@@ -105,7 +105,7 @@ def unmount_all(target: str) -> None:
 
 
 def mount_idmapped(source: str, target: str, user_namespace: int, attributes: int = MOUNT_ATTR_NODEV) -> None:
-    """Show ``source`` at ``target`` with owners shifted as ``user_namespace`` (a descriptor) maps them. Raises OSError."""
+    """Show ``source`` at ``target``, owners shifted as ``user_namespace`` (a descriptor) maps them. Raises OSError."""
     tree = _call(_OPEN_TREE, _AT_FDCWD, ctypes.c_char_p(source.encode()), _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC)
     try:
         wanted = ctypes.create_string_buffer(struct.pack("=QQQQ", MOUNT_ATTR_IDMAP | attributes, 0, 0, user_namespace))
