@@ -168,10 +168,12 @@ class ExecutionFlow(Flow[ExecutionRow]):
         if "id" not in progress:
             # Left behind when this go is never written down; the bucket's expiry of unfinished uploads takes it.
             progress = {"id": objects.begin_upload(key), "etags": []}
-        etags: list[str] = progress["etags"]
+        etags: list[str] = list(progress["etags"])
+        progress = {**progress, "etags": etags}
+        before = len(etags)
         while len(etags) * objects.PART_BYTES < size:
             row.check()
-            if etags and time.monotonic() >= until:
+            if len(etags) > before and time.monotonic() >= until:
                 return progress
             start = len(etags) * objects.PART_BYTES
             data = self._read(row, stream, start, min(objects.PART_BYTES, size - start))
