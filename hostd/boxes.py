@@ -1,9 +1,9 @@
 """Boxes: made, limited and destroyed.
 
 In charge of: the order of steps that turn a slot into a running box and back into nothing. Every function may run
-twice and may be killed anywhere: :func:`destroy_box` cleans whatever half state it finds, :func:`make_box` clears a
-half-made box before it makes one. Not in charge of: fences and who may ask (`verbs`), what runs inside (`keeper`), whose
-a slot is (`slots`), how each part is done (`disks`, `network`, `cgroups`, `namespaces`, `bundles`).
+twice, and may be killed anywhere: :func:`destroy_box` cleans whatever half state it finds, :func:`make_box` clears a
+half-made box before it makes one. Not in charge of: fences and who may ask (`verbs`), what runs inside (`keeper`),
+whose a slot is (`slots`), how each part is done (`disks`, `network`, `cgroups`, `namespaces`, `bundles`).
 
 Runs in the maker processes, as root, inside the install's private mount namespace (:func:`hostd.namespaces.enter`).
 """

@@ -142,7 +142,7 @@ def _check_machine(warn: Callable[[str], None]) -> None:
     if kernel < _SIMPLE_QUOTA_KERNEL:
         warn(
             f"Linux {os.uname().release} has no simple quotas: ordinary quota groups are used, which are slow with "
-            "many boxes. A newer kernel is in Debian's backports: apt-get install -t bookworm-backports linux-image-amd64"
+            "many boxes. Debian's backports have a newer one: apt-get install -t bookworm-backports linux-image-amd64"
         )
     cgroups.detect()  # raises what is missing
 
