@@ -86,13 +86,19 @@ def devbox(state: State, base_url: str, say: Progress) -> str | None:
     return f"$ uname -a      in devbox {box['id']}\n{result['stdout']}"
 
 
-def running(state: State) -> dict[str, Any] | None:
-    """The facts that a running supervisor announced, None when there is none or it is not ready yet."""
+def supervisor_facts(state: State) -> dict[str, Any] | None:
+    """What the supervisor of this folder wrote about itself; None when none runs."""
     try:
         facts: dict[str, Any] = json.loads(state.supervisor_file.read_text())
     except (OSError, json.JSONDecodeError):
         return None
-    return facts if facts.get("ready") and is_same_process(facts["pid"], facts["started"]) else None
+    return facts if is_same_process(facts["pid"], facts["started"]) else None
+
+
+def running(state: State) -> dict[str, Any] | None:
+    """The facts of a running supervisor that has finished its start; None when there is none."""
+    facts = supervisor_facts(state)
+    return facts if facts and facts.get("ready") else None
 
 
 def show(state: State, facts: Mapping[str, Any], output: str | None) -> None:

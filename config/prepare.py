@@ -1,8 +1,9 @@
-"""The steps of ``make up`` and of its stop that need Django: rows, the bucket, the host.  ``python -m config.prepare VERB``.
+"""The steps of ``make up`` and of its stop that need Django: rows, the bucket, the host.  ``python -m config.prepare
+VERB``.
 
-In charge of making them once and finding them again: every verb may run any number of times.  Prints progress as lines that begin
-with ``# `` and ends with one JSON line of facts, secrets that were made now among them; ``config.up`` puts those into files.
-Not in charge of processes.
+In charge of making them once and finding them again: every verb may run any number of times.  Prints progress as
+lines that begin with ``# `` and ends with one JSON line of facts, secrets that were made now among them;
+``config.up`` puts those into files. Not in charge of processes.
 """
 
 from __future__ import annotations

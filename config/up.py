@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,8 +39,6 @@ class Options:
 
     #: Make a devbox and run a command in it after the first start.
     first_devbox: bool = True
-    #: Everything on the host's side goes below this folder too; None: the usual place.
-    host_root: Path | None = None
     pool_gb: int | None = None
 
 
@@ -63,6 +62,7 @@ class Installation:
         self.env = settings(self.state, self.given)
         prepared = servers.plan(self.state, self.given)
         self.env |= prepared.env
+        self.state.record(given=sorted(name for name in self.given if name in prepared.env))
         self.state.write_env(self.env, user)
         self.roles_user = user if _can_serve_as(user) else None
         if self.roles_user is None:
@@ -120,14 +120,8 @@ class Installation:
         return facts
 
     def _host_arguments(self) -> Sequence[str]:
-        arguments = [
-            "--port",
-            str(servers.sshd_port(self.state)),
-            "--key-file",
-            str(servers.admin_key_file(self.state)),
-        ]
-        if self.options.host_root is not None:
-            arguments += ["--root", str(self.options.host_root)]
+        port, key = servers.sshd_port(self.state), servers.admin_key_file(self.state)
+        arguments = ["--port", str(port), "--key-file", str(key), "--root", str(host_root(self.state))]
         if self.options.pool_gb is not None:
             arguments += ["--pool-gb", str(self.options.pool_gb)]
         return arguments
@@ -160,11 +154,38 @@ class Installation:
                 self.say(f"devboxes     could not be ended in order: {failure}")
             self.supervisor.stop(["watcher", "worker"])
             try:
-                self.prepare("stop_host", within=60.0)
-                self.say("host         stopped")
-            except (StepFailed, StateError) as failure:
+                stop_host(self.state, self.say)
+            except StepFailed as failure:
                 self.say(f"host         {failure}")
         self.supervisor.stop()
+
+
+def host_root(state: State) -> Path:
+    """Where this machine keeps its pool and all else that it has as VM host: in the folder, like everything."""
+    return state.path / "host"
+
+
+def host_config(state: State) -> Path:
+    return host_root(state) / "host.json"
+
+
+def stop_host(state: State, say: Progress) -> bool:
+    """End all that runs on this machine as VM host, and unmount its pool; its data stays.  True when it was a host.
+
+    Raises StepFailed.
+    """
+    if not host_config(state).exists():
+        return False
+    log = state.logs / "stop-host.log"
+    with open(log, "ab") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "hostd", "stop", "--config", str(host_config(state))],
+            cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=90, check=False,
+        )  # fmt: skip
+    if done.returncode != 0:
+        raise StepFailed("host", f"stopping the VM host ended with exit status {done.returncode}", log)
+    say("host         stopped, its pool unmounted")
+    return True
 
 
 def _alive() -> None:
