@@ -1,0 +1,157 @@
+"""The admin login: running a command on a host as root, with input, a deadline and its output line by line.
+
+In charge of the exec channel and of becoming root. Which commands there are is `hosts.shipping` and `hosts.enrolment`.
+Commands are argv lists; quoting happens here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import shlex
+import socket
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from paramiko.channel import Channel
+from paramiko.ssh_exception import ChannelException, SSHException
+
+from hosts.ssh.errors import ConnectionCut, LoginRefused, TimedOut, said
+from hosts.ssh.keys import Login
+from hosts.ssh.threads import DIAL_SECONDS, HostTransport, dial
+
+OUTPUT_MAX: Final = 4 * 1024 * 1024
+"""Bytes kept of a command's output; what comes after is read and dropped."""
+
+
+class CommandFailed(Exception):
+    """A command on the host ended with another status than 0."""
+
+    def __init__(self, argv: Sequence[str], status: int, stdout: bytes, stderr: bytes) -> None:
+        told = (stderr or stdout).decode(errors="replace").strip()[-800:]
+        super().__init__(f"`{' '.join(argv)[:200]}` ended with {status}: {told}")
+        self.status = status
+        self.stdout = stdout
+        self.stderr = stderr
+
+
+class Admin:
+    """A logged-in admin: root itself, or a user who may become root by `sudo -n`. Use as a context manager."""
+
+    def __init__(self, login: Login, timeout: float = DIAL_SECONDS) -> None:
+        self.login = login
+        self.transport: HostTransport = dial(login, timeout)
+        self._prefix: tuple[str, ...] = ()
+        try:
+            if self.run_as_login(["id", "-u"], timeout=10).strip() != b"0":
+                self._prefix = ("sudo", "-n", "--")
+                try:
+                    self.run(["true"], timeout=10)
+                except CommandFailed as error:
+                    raise LoginRefused(
+                        f"{login.user} is not root and may not become root without a password (sudo -n): {error}"
+                    ) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Log out."""
+        self.transport.close()
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        timeout: float,
+        body: bytes = b"",
+        on_line: Callable[[str], None] | None = None,
+    ) -> bytes:
+        """Run as root and return its stdout. `timeout` seconds for all of it; `on_line` gets stdout as it comes.
+
+        Raises CommandFailed, TimedOut or ConnectionCut. After either of the last two it may still run on the host.
+        """
+        return self._run([*self._prefix, *argv], timeout, body, on_line)
+
+    def run_as_login(self, argv: Sequence[str], *, timeout: float) -> bytes:
+        """As `run`, without becoming root."""
+        return self._run(argv, timeout, b"", None)
+
+    def _run(self, argv: Sequence[str], timeout: float, body: bytes, on_line: Callable[[str], None] | None) -> bytes:
+        deadline = time.monotonic() + timeout
+        try:
+            channel: Channel = self.transport.open_channel("session", timeout=min(timeout, DIAL_SECONDS))
+            channel.settimeout(0.5)
+            channel.exec_command(shlex.join(argv))
+            return self._talk(channel, argv, deadline, timeout, body, on_line)
+        except ChannelException as error:
+            raise LoginRefused(f"the host lets {self.login.user} run no commands: {error}") from error
+        except (SSHException, EOFError, OSError) as error:
+            raise ConnectionCut(f"while running `{argv[0]}`: {said(error)}") from error
+
+    def _talk(
+        self,
+        channel: Channel,
+        argv: Sequence[str],
+        deadline: float,
+        timeout: float,
+        body: bytes,
+        on_line: Callable[[str], None] | None,
+    ) -> bytes:
+        stdout, stderr, line = bytearray(), bytearray(), bytearray()
+        sent = 0
+        with channel:
+            if not body:
+                channel.shutdown_write()
+            while True:
+                if time.monotonic() > deadline:
+                    raise TimedOut(f"`{' '.join(argv)[:200]}` did not end within {timeout:.0f} s")
+                if not self.transport.active:
+                    raise ConnectionCut(f"the connection was cut while running `{argv[0]}`")
+                moved = False
+                if sent < len(body) and channel.send_ready():
+                    sent += channel.send(body[sent : sent + 32768])
+                    moved = True
+                    if sent == len(body):
+                        channel.shutdown_write()
+                while channel.recv_stderr_ready():
+                    stderr += channel.recv_stderr(65536)
+                    del stderr[:-OUTPUT_MAX]
+                    moved = True
+                if moved and not channel.recv_ready():
+                    continue
+                try:
+                    data = channel.recv(65536) if sent == len(body) or channel.recv_ready() else None
+                except socket.timeout:  # noqa: UP041  (paramiko's own is an alias; named for what it is)
+                    continue
+                if data is None:
+                    time.sleep(0.01)
+                    continue
+                if data == b"":
+                    break
+                if len(stdout) < OUTPUT_MAX:
+                    stdout += data
+                if on_line is not None:
+                    line += data
+                    while (at := line.find(b"\n")) >= 0:
+                        on_line(line[:at].decode(errors="replace"))
+                        del line[: at + 1]
+            left = max(0.1, deadline - time.monotonic())
+            if not channel.status_event.wait(left):
+                raise TimedOut(f"`{' '.join(argv)[:200]}` did not end within {timeout:.0f} s")
+            while channel.recv_stderr_ready():
+                stderr += channel.recv_stderr(65536)
+            status = channel.exit_status
+        if on_line is not None and line:
+            on_line(line.decode(errors="replace"))
+        if status == -1 and not self.transport.active:
+            raise ConnectionCut(f"the connection was cut while running `{argv[0]}`")
+        if status != 0:
+            raise CommandFailed(argv, status, bytes(stdout), bytes(stderr))
+        return bytes(stdout)
