@@ -155,7 +155,12 @@ def _flatten(detail: Any, path: str = "") -> str:
     if isinstance(detail, Mapping):
         parts = []
         for key, value in detail.items():
-            inner = path if key == "non_field_errors" else f"{path}.{key}" if path else str(key)
+            if key == "non_field_errors":
+                inner = path
+            elif isinstance(key, int):
+                inner = f"{path}[{key}]"
+            else:
+                inner = f"{path}.{key}" if path else str(key)
             parts.append(_flatten(value, inner))
         return "; ".join(parts)
     if isinstance(detail, list | tuple):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from drf_spectacular.openapi import AutoSchema
+from drf_spectacular.utils import OpenApiResponse, extend_schema_serializer
+from rest_framework import serializers
 
 from api.idempotency import REQUEST_ID_MAX
 from api.validation import StrictSerializer
@@ -34,6 +36,14 @@ _SHARED = {
     "403": "The key may not do this, or its account is disabled.",
     "default": "Any other error.",
 }
+
+
+@extend_schema_serializer(component_name="Error")
+class ErrorBody(serializers.Serializer[Any]):
+    """Every answer that is not a success."""
+
+    code = serializers.CharField(help_text="What went wrong, for programs.")
+    message = serializers.CharField(help_text="What went wrong and what to do, for people.")
 
 
 class Schema(AutoSchema):
@@ -66,3 +76,8 @@ def finish(result: dict[str, Any], generator: Any, request: Any, public: bool) -
 def _error(description: str) -> dict[str, Any]:
     reference = {"$ref": "#/components/schemas/Error"}
     return {"description": description, "content": {"application/json": {"schema": reference}}}
+
+
+def problem(description: str) -> OpenApiResponse:
+    """An error answer of an operation, for ``extend_schema(responses={404: problem("…")})``."""
+    return OpenApiResponse(response=ErrorBody, description=description)
