@@ -70,8 +70,11 @@ def outputs(reply: StateReply | messages.ExitEvent | Mapping[str, Any]) -> tuple
 class Following:
     """A stream followed by a thread: iterate for its bytes, then read `trailer`. Use as a context manager."""
 
+    start: int | None = None
+    """Where the bytes really begin, set before the first one: past the offset asked for when that was dropped."""
     trailer: FollowTrailer | None = None
-    """Set when the stream ended by itself. A cut raises HostUnreachable instead and leaves it None."""
+    """Set when the stream ended by itself. A cut raises HostUnreachable instead and leaves it None. Not `complete`:
+    what follows was dropped, the stream goes on at `resume`."""
 
     def __iter__(self) -> Iterator[bytes]:
         raise NotImplementedError
@@ -89,8 +92,11 @@ class Following:
 class AsyncFollowing:
     """A stream followed in the loop: `async with` it, `async for` its bytes, then read `trailer`."""
 
+    start: int | None = None
+    """Where the bytes really begin, set before the first one: past the offset asked for when that was dropped."""
     trailer: FollowTrailer | None = None
-    """Set when the stream ended by itself. A cut raises HostUnreachable instead and leaves it None."""
+    """Set when the stream ended by itself. A cut raises HostUnreachable instead and leaves it None. Not `complete`:
+    what follows was dropped, the stream goes on at `resume`."""
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         raise NotImplementedError
