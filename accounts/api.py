@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
+from django.db import transaction
 from drf_spectacular.utils import extend_schema
 from rest_framework import serializers
 from rest_framework.request import Request
@@ -12,9 +13,10 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from accounts.access import access_account
-from accounts.services import NAME_MAX, create_key
+from accounts.services import NAME_MAX, create_key, new_secret, secret_of_request
 from api.errors import BadRequest
-from api.permissions import caller_of
+from api.idempotency import body_digest, idempotent
+from api.permissions import caller_of, raw_body_of, request_id_of
 from api.validation import INT64_MAX, StrictSerializer, TextField, WholeField
 
 
@@ -78,8 +80,18 @@ class ApiKeys(APIView):
         asked.is_valid(raise_exception=True)
         name = asked.validated_data.get("name") or ""
         expires_at_ms = asked.validated_data.get("expires_at_ms")
-        key, secret = create_key(caller.account_id, name, member=caller.member_id, expires_at=_moment(expires_at_ms))
-        return Response({"id": key.pk, "name": key.name, "key_secret": secret, "expires_at_ms": expires_at_ms})
+        request_id = request_id_of(request)
+        secret = secret_of_request(caller.account_id, request_id) if request_id else new_secret()
+
+        def make() -> str:
+            expires_at = _moment(expires_at_ms)
+            key, _ = create_key(caller.account_id, name, caller.member_id, expires_at, secret=secret)
+            return key.pk
+
+        with transaction.atomic():
+            digest = body_digest(raw_body_of(request))
+            key_id, _ = idempotent(caller, request_id, "apikeys.create", digest, make)
+        return Response({"id": key_id, "name": name, "key_secret": secret, "expires_at_ms": expires_at_ms})
 
 
 def _moment(milliseconds: int | None) -> datetime.datetime | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import datetime
+import hmac
 import secrets
 
+from django.conf import settings
 from django.db.models.functions import Now
 
 from accounts.authentication import digest
@@ -26,7 +28,18 @@ def create_member(account_id: str, name: str, email: str = "") -> Member:
 
 def new_secret() -> str:
     """A fresh key secret: ``ak_`` and 160 random bits in base 32."""
-    return "ak_" + base64.b32encode(secrets.token_bytes(20)).decode().lower()
+    return _secret(secrets.token_bytes(20))
+
+
+def secret_of_request(account_id: str, request_id: str) -> str:
+    """The secret of the key that this request makes: a repetition after a lost answer must give the same one, and
+    nothing may keep it meanwhile. Whoever has neither SECRET_KEY nor the request's id cannot know it."""
+    message = f"api key of {account_id} {request_id}".encode()
+    return _secret(hmac.digest(settings.SECRET_KEY.encode(), message, "sha256")[:20])
+
+
+def _secret(random: bytes) -> str:
+    return "ak_" + base64.b32encode(random).decode().lower()
 
 
 def create_key(
@@ -36,9 +49,10 @@ def create_key(
     expires_at: datetime.datetime | None = None,
     *,
     read_only: bool = False,
+    secret: str | None = None,
 ) -> tuple[ApiKey, str]:
     """A new API key and its secret, which is in no place but this answer. ``member`` is a member's id."""
-    secret = new_secret()
+    secret = secret or new_secret()
     key = ApiKey.objects.create(
         account_id=account_id,
         member_id=member,
