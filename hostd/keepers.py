@@ -33,7 +33,8 @@ PENDING_MAX = 128  # connections waiting for one keeper
 PENDING_SECONDS = 4.0  # below the callers' own bound of 5 s, so that they hear a reason
 CONNECT_SECONDS = 5.0
 LIST_SECONDS = 3.0
-_RETRY_SECONDS = (0.05, 0.2, 1.0, 5.0)
+_RETRY_SECONDS = (0.02, 0.1, 0.5, 2.0)
+_SOON_SECONDS = 1.0
 _PACKETS_AT_ONCE = 64
 
 log = logging.getLogger("hostd.keepers")
@@ -81,6 +82,8 @@ class Link:
     writing: bool = False
     gone: bool = False  # the box is being destroyed
     task: asyncio.Task[None] | None = None
+    opened_at: float = float("-inf")
+    hasty: int = 0
     opened: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -203,6 +206,11 @@ class Keepers:
     async def _open(self, link: Link) -> None:
         """Connect, with a successor when the keeper is dead. Goes on until it is connected or the box is gone."""
         attempt = 0
+        if time.monotonic() - link.opened_at < _SOON_SECONDS:
+            link.hasty += 1  # one that ends every connection must not keep us busy
+            await asyncio.sleep(_RETRY_SECONDS[min(link.hasty, len(_RETRY_SECONDS)) - 1])
+        else:
+            link.hasty = 0
         while not link.gone:
             try:
                 if start_time(link.record.pid) != link.record.start:
@@ -246,6 +254,7 @@ class Keepers:
         if link.box is not None:
             self._say(link, {"box": link.box})
         self._read_again(link)
+        link.opened_at = time.monotonic()
         link.opened.set()
         self._flush(link)
 
@@ -422,7 +431,11 @@ class Keepers:
 
     def _take(self, link: Link, message: dict[str, Any]) -> None:
         kind = message.get("event")
-        if kind == "exit":
+        if kind == "hello":
+            if message.get("pid") != link.record.pid:
+                # We reached the dead one's queue before its successor, which now empties it, was announced to us.
+                self._lost(link)
+        elif kind == "exit":
             event = _exit_event(message)
             if event is None:
                 log.warning("keeper of %s sent an exit event with a wrong field", link.record.slot)

@@ -198,7 +198,7 @@ class Keeper:
                 if sock is self.listener:
                     host = sock.accept()[0]
                     self.hosts.append(host)
-                    packets.send(host, {"event": "hello", "box": self.box})
+                    packets.send(host, {"event": "hello", "box": self.box, "pid": os.getpid()})
                     for id in list(self.known):
                         self.tell(id, host)
                 elif sock in self.hosts:
