@@ -9,18 +9,19 @@ Every call is bounded (`ASK_SECONDS`) and raises only `HostUnreachable`, `HostRe
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import builtins
+import contextlib
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self, cast
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 from hostd import messages
 from hostd.messages import (
     BootReply,
-    FollowTrailer,
     HelloReply,
     ListReply,
     PrepareDiskReply,
@@ -30,7 +31,12 @@ from hostd.messages import (
     StdinReply,
     Stream,
 )
+from hosts import conversation, ssh
 from hosts.errors import HostError, HostRefused, HostUnreachable, StaleFence
+from hosts.links import Link, link_for
+from hosts.streams import ASK_SECONDS, AsyncFollowing, Following, Watching, begin
+
+T = TypeVar("T")
 
 __all__ = [
     "AsyncHostClient",
@@ -46,8 +52,8 @@ __all__ = [
     "use_fake",
 ]
 
-ASK_SECONDS = 5.0
-"""The longest any call may take, dialling included: no step of a flow blocks over it."""
+SMALL_READ = 65536
+"""Reads above so many bytes go over the bulk connection, where they delay no short call."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,60 +73,63 @@ def outputs(reply: StateReply | messages.ExitEvent | Mapping[str, Any]) -> tuple
     return base64.b64decode(out), base64.b64decode(err)
 
 
-class Following:
-    """A stream followed by a thread: iterate for its bytes, then read `trailer`. Use as a context manager."""
-
-    start: int | None = None
-    """Where the bytes really begin, set before the first one: past the offset asked for when that was dropped."""
-    trailer: FollowTrailer | None = None
-    """Set when the stream ended by itself. A cut raises HostUnreachable instead and leaves it None. Not `complete`:
-    what follows was dropped, the stream goes on at `resume`."""
-
-    def __iter__(self) -> Iterator[bytes]:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-
-class AsyncFollowing:
-    """A stream followed in the loop: `async with` it, `async for` its bytes, then read `trailer`."""
-
-    start: int | None = None
-    """Where the bytes really begin, set before the first one: past the offset asked for when that was dropped."""
-    trailer: FollowTrailer | None = None
-    """Set when the stream ended by itself. A cut raises HostUnreachable instead and leaves it None. Not `complete`:
-    what follows was dropped, the stream goes on at `resume`."""
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        raise NotImplementedError
-
-    async def aclose(self) -> None:
-        raise NotImplementedError
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-
 class HostClient:
     """Asks one host from threads. Cheap to make, safe to share; the connections behind it are pooled per process."""
 
-    def __init__(self, host_id: str) -> None:
+    def __init__(self, host_id: str, link: Link | None = None) -> None:
         self.host_id = host_id
+        self._link = link or link_for(host_id)
 
-    def _ask(self, verb: str, body: bytes | None = None, **fields: Any) -> Any:
-        raise NotImplementedError
+    def _ask(self, verb: str, body: bytes | None = None, **fields: Any) -> dict[str, Any]:
+        return self._call(verb, body, fields, _nothing_more)
+
+    def _call(
+        self,
+        verb: str,
+        body: bytes | None,
+        fields: Mapping[str, Any],
+        more: Callable[[conversation.Inbox, dict[str, Any], Callable[[], None]], T],
+        *,
+        bulk: bool = False,
+    ) -> T:
+        """One request on a channel of its own; `more` takes what follows the reply line, by calling for more bytes.
+
+        A channel that is cut before the first byte of an answer is tried once more: every verb may be sent twice.
+        """
+        line = _line(verb, body, fields)
+        deadline = time.monotonic() + ASK_SECONDS
+        with self._link.slot():
+            for last in (False, True):
+                stream, inbox = self._link.open(deadline, bulk=bulk), conversation.Inbox()
+                since, heard = time.monotonic(), False
+
+                def pull(stream: ssh.ThreadStream = stream, inbox: conversation.Inbox = inbox) -> None:
+                    nonlocal heard
+                    inbox.feed(stream.recv(deadline, 1 << 18))
+                    heard = True
+
+                try:
+                    stream.send(line + body if body and len(body) < 16384 else line, deadline)
+                    if body and len(body) >= 16384:
+                        stream.send(body, deadline)
+                    while (answer := inbox.line()) is None:
+                        pull()
+                    found = more(inbox, conversation.answer(self.host_id, answer), pull)
+                    self._link.breaker.worked()
+                    return found
+                except HostRefused:
+                    self._link.breaker.worked()
+                    raise
+                except ssh.SshError as error:
+                    if isinstance(error, ssh.ConnectionCut) and not heard and not last:
+                        continue
+                    self._link.unanswered(stream, since, error)
+                    raise HostUnreachable(self.host_id, f"{verb}: {error}") from error
+                except messages.ProtocolError as error:
+                    raise HostUnreachable(self.host_id, f"{verb}: {error}") from error
+                finally:
+                    stream.close()
+        raise AssertionError("the second try either answers or raises")
 
     # --- the host ---
 
@@ -196,11 +205,53 @@ class HostClient:
         self, *, box: str, id: str, stream: Stream, offset: int, limit: int, last_lines: int | None = None
     ) -> ReadResult:
         """At most `limit` (<= 16 MiB) bytes from `offset`; with `last_lines`, the last lines within the limit."""
-        raise NotImplementedError
+        fields = {"box": box, "id": id, "stream": stream, "offset": offset, "limit": limit, "last_lines": last_lines}
+
+        def rest(inbox: conversation.Inbox, reply: dict[str, Any], pull: Callable[[], None]) -> ReadResult:
+            size = conversation.body_size(self.host_id, reply, messages.READ_MAX)
+            while (data := inbox.body(size)) is None:
+                pull()
+            return ReadResult(reply["size"], reply["offset"], data)
+
+        return self._call("read", None, fields, rest, bulk=limit > SMALL_READ)
 
     def follow(self, *, box: str, id: str, stream: Stream, offset: int = 0) -> Following:
         """The stream from `offset` until it is complete. No time limit but that of silence on the connection."""
-        raise NotImplementedError
+        line = _line("follow", None, {"box": box, "id": id, "stream": stream, "offset": offset})
+        found, inbox, free = self._begin(line, bulk=True)
+        return Following(self.host_id, found, inbox, free)
+
+    def watch(self) -> Watching:
+        """The host's event channel; all unacknowledged events come first. Two at once are allowed and get the same."""
+        stream, inbox, free = self._begin(_line("watch", None, {}), bulk=False)
+        free()
+        return Watching(self.host_id, stream, inbox)
+
+    def _begin(self, line: bytes, *, bulk: bool) -> tuple[ssh.ThreadStream, conversation.Inbox, Callable[[], None]]:
+        slot = self._link.slot(bulk=bulk)
+        slot.__enter__()
+        deadline = time.monotonic() + ASK_SECONDS
+        stream: ssh.ThreadStream | None = None
+        try:
+            stream, inbox = self._link.open(deadline, bulk=bulk, window=ssh.IDLE_WINDOW), conversation.Inbox()
+            since = time.monotonic()
+            try:
+                stream.send(line, deadline)
+                while (answer := inbox.line()) is None:
+                    inbox.feed(stream.recv(deadline))
+            except ssh.SshError as error:
+                self._link.unanswered(stream, since, error)
+                raise HostUnreachable(self.host_id, str(error)) from error
+            except messages.ProtocolError as error:
+                raise HostUnreachable(self.host_id, str(error)) from error
+            conversation.answer(self.host_id, answer)
+            self._link.breaker.worked()
+        except BaseException:
+            if stream is not None:
+                stream.close()
+            slot.__exit__(None, None, None)
+            raise
+        return stream, inbox, lambda: _leave(slot)
 
     def stdin(self, *, box: str, id: str, request: str, eof: bool = False, body: bytes = b"") -> StdinReply:
         """Feed a command; `request` deduplicates."""
@@ -215,10 +266,58 @@ class AsyncHostClient:
     """Asks one host from the event loop; the same verbs, awaited."""
 
     def __init__(self, host_id: str) -> None:
-        self.host_id = host_id
+        from hosts.loop_links import loop_link_for  # it needs the web tier's threads, which a host's tools do not
 
-    async def _ask(self, verb: str, body: bytes | None = None, **fields: Any) -> Any:
-        raise NotImplementedError
+        self.host_id = host_id
+        self._link = loop_link_for(host_id)
+
+    async def _ask(self, verb: str, body: bytes | None = None, **fields: Any) -> dict[str, Any]:
+        return await self._call(verb, body, fields, None)
+
+    async def _call(
+        self, verb: str, body: bytes | None, fields: Mapping[str, Any], limit: int | None, *, bulk: bool = False
+    ) -> dict[str, Any]:
+        """See `HostClient._call`; with `limit`, the reply's raw body comes as its `data`."""
+        line = _line(verb, body, fields)
+        deadline = time.monotonic() + ASK_SECONDS
+        async with self._link.slot():
+            for last in (False, True):
+                stream: ssh.LoopStream | None = None
+                since = time.monotonic()
+                try:
+                    async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - since):
+                        stream, inbox, reply = await begin(
+                            self._link, line, body or b"", deadline, bulk=bulk, window=ssh.WINDOW
+                        )
+                        if limit is not None:
+                            size = conversation.body_size(self.host_id, reply, limit)
+                            while (data := inbox.body(size)) is None:
+                                inbox.feed(await stream.read(1 << 18))
+                            reply["data"] = data
+                    return reply
+                except TimeoutError as error:
+                    raise self._unanswered(
+                        verb, stream, since, ssh.TimedOut("the host did not answer in time")
+                    ) from error
+                except ssh.SshError as error:
+                    if isinstance(error, ssh.ConnectionCut) and stream is None and not last:
+                        continue
+                    raise self._unanswered(verb, stream, since, error) from error
+                except messages.ProtocolError as error:
+                    raise HostUnreachable(self.host_id, f"{verb}: {error}") from error
+                finally:
+                    if stream is not None:
+                        stream.aclose()
+        raise AssertionError("the second try either answers or raises")
+
+    def _unanswered(
+        self, verb: str, stream: ssh.LoopStream | None, since: float, error: ssh.SshError
+    ) -> HostUnreachable:
+        if stream is not None:
+            self._link.unanswered(stream, since, error)
+        else:
+            self._link.failed(str(error), 1)
+        return HostUnreachable(self.host_id, f"{verb}: {error}")
 
     async def hello(self) -> HelloReply:
         """See `HostClient.hello`."""
@@ -247,11 +346,15 @@ class AsyncHostClient:
         self, *, box: str, id: str, stream: Stream, offset: int, limit: int, last_lines: int | None = None
     ) -> ReadResult:
         """See `HostClient.read`."""
-        raise NotImplementedError
+        fields = {"box": box, "id": id, "stream": stream, "offset": offset, "limit": limit, "last_lines": last_lines}
+        reply = await self._call("read", None, fields, messages.READ_MAX, bulk=limit > SMALL_READ)
+        return ReadResult(reply["size"], reply["offset"], reply["data"])
 
     def follow(self, *, box: str, id: str, stream: Stream, offset: int = 0) -> AsyncFollowing:
         """See `HostClient.follow`; nothing is sent before the first byte is asked for."""
-        raise NotImplementedError
+        return AsyncFollowing(
+            self._link, _line("follow", None, {"box": box, "id": id, "stream": stream, "offset": offset})
+        )
 
     async def stdin(self, *, box: str, id: str, request: str, eof: bool = False, body: bytes = b"") -> StdinReply:
         """See `HostClient.stdin`."""
@@ -260,6 +363,19 @@ class AsyncHostClient:
     async def list(self, *, box: str) -> ListReply:
         """See `HostClient.list`."""
         return cast(ListReply, await self._ask("list", box=box))
+
+
+def _line(verb: str, body: bytes | None, fields: Mapping[str, Any]) -> bytes:
+    size = {} if body is None else {"body": len(body)}
+    return messages.request(verb, **size, **fields)
+
+
+def _leave(slot: contextlib.AbstractContextManager[None]) -> None:
+    slot.__exit__(None, None, None)
+
+
+def _nothing_more(inbox: conversation.Inbox, reply: dict[str, Any], pull: Callable[[], None]) -> dict[str, Any]:
+    return reply
 
 
 _fakes: dict[str, Any] = {}

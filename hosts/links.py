@@ -24,7 +24,7 @@ from hosts.errors import HostUnreachable
 from hosts.policy import policy
 
 CALLS_AT_ONCE: Final = 12
-"""Short calls to one host from one process; below the worker's threads, so one stuck host leaves some for the others."""
+"""Short calls to one host from one process; below a worker's threads, so a stuck host leaves some for others."""
 STREAMS_AT_ONCE: Final = 64
 SLOT_SECONDS: Final = 1.0
 """How long a call waits for one of those."""

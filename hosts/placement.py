@@ -85,7 +85,9 @@ _FITS_ANY = f"""
 """
 
 
-def _params(cpu_millis: int, memory_mb: int, disk_mb: int, **more: object) -> dict[str, object]:
+def _params(
+    cpu_millis: int, memory_mb: int, disk_mb: int, **more: str | int | None
+) -> dict[str, str | int | float | None]:
     rules = policy()
     return {
         "cpu": cpu_millis,

@@ -11,7 +11,7 @@ import asyncio
 import collections
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Final
+from typing import Any, Final
 
 from paramiko.common import (
     MSG_DEBUG,
@@ -43,9 +43,9 @@ class _Packets(Packetizer):
 
     sink: Callable[[bytes], None] | None = None
 
-    def write_all(self, out: bytes) -> None:
+    def write_all(self, out: Any) -> None:
         if self.sink is None:
-            super().write_all(out)  # type: ignore[no-untyped-call]
+            super().write_all(out)
         else:
             self.sink(out)
 

@@ -129,6 +129,10 @@ Base: Any = paramiko.Transport  # what is overridden below is outside of its typ
 class HostTransport(Base):  # type: ignore[misc]
     """A connection whose reader is paramiko's thread. Thread-safe."""
 
+    active: bool
+    saved_exception: BaseException | None
+    _expected_packet: tuple[int, ...]
+
     _preferred_ciphers = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")  # the default ctr costs 1.7 times the CPU
     _preferred_macs = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-256")
     _preferred_compression = ("none",)
