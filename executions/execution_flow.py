@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from devboxes import selectors as devboxes
 from devboxes.models import Devbox
+from executions.copying import Copy, Source, copy_some
 from executions.endings import stopped_reason
 from executions.environment import spawn_body
 from executions.models import Execution, Kept, Status
@@ -29,7 +30,6 @@ from flows.engine import Flow, Row
 from flows.outcomes import DatabaseNow, Done, LeaseLost, Next, Outcome, Wait
 from hostd.messages import StateReply
 from hosts.client import HostRefused, StaleFence, client_for, outputs
-from storage import objects
 
 SPAWN_HOLD_MS: Final = 25
 """How long the host may keep the answer to spawn back for a command that ends at once: its exit then comes with it."""
@@ -39,6 +39,8 @@ KILL_AGAIN_SECONDS: Final = 2.0
 BOX_GONE_TRIES: Final = 4
 STORE_SECONDS: Final = 3.0
 """How long one go of `store` may copy before it writes down how far it came."""
+STORE_WITHIN_SECONDS: Final = 86_400.0
+"""How long storing may take altogether, S3's absences included; the output is then gone."""
 
 SIGKILL: Final = 9
 
@@ -59,6 +61,8 @@ class ExecutionRow(Row):
     completed_at: datetime | None
     out_size: int
     err_size: int
+    out_dropped: int
+    err_dropped: int
     upload: dict[str, Any] | None
 
 
@@ -87,10 +91,11 @@ class ExecutionFlow(Flow[ExecutionRow]):
         return "kill" if row.stop_why is not None and row.step in ("spawn", "await_exit") else None
 
     def expired(self, row: ExecutionRow) -> Outcome | None:
-        """Only the start has a deadline; its row never starts it later, and the host's reconcile stops a stray one."""
-        if row.step != "spawn":
-            return None
-        return self._lost("it could not be started in time: its host did not answer")
+        """What has a deadline: starting, after which nobody ever starts it (the host's reconcile stops a stray one),
+        and storing the output, which goes on as long as the host may be expected to have it."""
+        if row.step == "spawn":
+            return self._lost("it could not be started in time: its host did not answer")
+        return self._gone(row) if row.step == "store" else None
 
     def on_exception(self, row: ExecutionRow, error: Exception) -> Outcome | None:
         """What a refusal of the host means for the command; None: try again."""
@@ -100,9 +105,7 @@ class ExecutionFlow(Flow[ExecutionRow]):
         if not isinstance(error, HostRefused):
             return None
         if row.step == "store":
-            if error.code in ("unknown_box", "unknown_id"):
-                return Done({"kept": Kept.NOWHERE, "upload": None, "completed_at": row.completed_at})
-            return None
+            return self._gone(row) if error.code in ("unknown_box", "unknown_id") else None
         match error.code:
             case "unknown_id" | "lost":
                 return self._lost(error.message)
@@ -149,43 +152,28 @@ class ExecutionFlow(Flow[ExecutionRow]):
 
         The box's files do not change any more, so a part that is copied twice is the same part.
         """
-        progress = dict(row.upload or {})
+        progress: dict[str, Copy] = dict(row.upload or {})
         until = time.monotonic() + STORE_SECONDS
-        for stream, size in (("stdout", row.out_size), ("stderr", row.err_size)):
-            if size and not progress.get(stream, {}).get("done"):
-                progress[stream] = self._store_stream(row, stream, size, dict(progress.get(stream) or {}), until)
+        for stream, size, dropped in (
+            ("stdout", row.out_size, row.out_dropped),
+            ("stderr", row.err_size, row.err_dropped),
+        ):
+            if size > dropped and not progress.get(stream, {}).get("done"):
+                key = output_key(row.devbox_id, row.id, stream)
+                source = Source(row, stream, size, dropped)
+                progress[stream] = copy_some(source, key, progress.get(stream, {}), until)
                 if not progress[stream].get("done"):
                     return Next("store", {"upload": progress})
-        return Done({"kept": Kept.STORE, "upload": None, "completed_at": row.completed_at})
-
-    def _store_stream(
-        self, row: ExecutionRow, stream: str, size: int, progress: dict[str, Any], until: float
-    ) -> dict[str, Any]:
-        key = output_key(row.devbox_id, row.id, stream)
-        if size <= objects.PART_BYTES:
-            objects.put(key, self._read(row, stream, 0, size))
-            return {"done": True}
-        if "id" not in progress:
-            # Left behind when this go is never written down; the bucket's expiry of unfinished uploads takes it.
-            progress = {"id": objects.begin_upload(key), "etags": []}
-        etags: list[str] = list(progress["etags"])
-        progress = {**progress, "etags": etags}
-        before = len(etags)
-        while len(etags) * objects.PART_BYTES < size:
-            row.check()
-            if len(etags) > before and time.monotonic() >= until:
-                return progress
-            start = len(etags) * objects.PART_BYTES
-            data = self._read(row, stream, start, min(objects.PART_BYTES, size - start))
-            etags.append(objects.put_part(key, progress["id"], len(etags) + 1, data))
-        objects.complete_upload(key, progress["id"], etags, size)
-        return {"done": True}
-
-    def _read(self, row: ExecutionRow, stream: Any, start: int, length: int) -> bytes:
-        got = client_for(row.host_id).read(box=row.devbox_id, id=row.id, stream=stream, offset=start, limit=length)
-        if len(got.data) != length:
-            raise OSError(f"the host gave {len(got.data)} of {length} bytes of {stream} at {start}")
-        return got.data
+        return Done(
+            {
+                "kept": Kept.STORE,
+                "out_hole": progress.get("stdout", {}).get("hole"),
+                "err_hole": progress.get("stderr", {}).get("hole"),
+                "upload": None,
+                "deadline_at": None,
+                "completed_at": row.completed_at,
+            }
+        )
 
     # What the host's answers mean.
 
@@ -231,10 +219,16 @@ class ExecutionFlow(Flow[ExecutionRow]):
         }
         if columns.get("kept", Kept.HOST) == Kept.HOST:
             if columns.get("out_size") or columns.get("err_size"):
-                return Next("store", {**columns, "completed_at": DatabaseNow()})
+                return Next(
+                    "store",
+                    {**columns, "completed_at": DatabaseNow(), "deadline_at": DatabaseNow(STORE_WITHIN_SECONDS)},
+                )
             # Nothing was written, or nothing was ever started.
             columns |= {"kept": Kept.ROW, "stdout": b"", "stderr": b""}
         return Done(columns)
+
+    def _gone(self, row: ExecutionRow) -> Outcome:
+        return Done({"kept": Kept.NOWHERE, "upload": None, "deadline_at": None, "completed_at": row.completed_at})
 
     def _lost(self, detail: str) -> Outcome:
         return Done(

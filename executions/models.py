@@ -73,6 +73,9 @@ class Execution(Durable):
     err_size = models.BigIntegerField(db_default=0)
     out_dropped = models.BigIntegerField(db_default=0, help_text="Bytes the host did not keep.")
     err_dropped = models.BigIntegerField(db_default=0)
+    # The middle of an output that was too long: where in the stream it began. Head and tail are stored as one object.
+    out_hole = models.BigIntegerField(null=True, blank=True)
+    err_hole = models.BigIntegerField(null=True, blank=True)
     upload = models.JSONField(null=True, blank=True, help_text="How far the copy to S3 has come.")
 
     class Meta(Durable.Meta):

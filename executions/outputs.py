@@ -91,12 +91,18 @@ async def tail(view: ExecutionView, stream: Stream, lines: int | None, limit: in
 
 
 async def _far_tail(view: ExecutionView, stream: Stream, lines: int | None, limit: int) -> bytes:
-    size = view.size(stream)
     if lines is None:
         return await _whole(view, stream)
     if view.kept == Kept.STORE:
-        read = partial(objects.get_range, output_key(view.devbox_id, view.id, stream))
-        return await in_storage(lambda: read_last_lines(read, size, lines, limit))
+        # Behind a dropped middle only: text before it would look as if the rest had followed it.
+        stored = view.size(stream) - view.dropped(stream)
+        base = view.hole(stream) if view.dropped(stream) else 0
+        key = output_key(view.devbox_id, view.id, stream)
+
+        def read(start: int, length: int) -> bytes:
+            return objects.get_range(key, base + start, length)
+
+        return await in_storage(lambda: read_last_lines(read, stored - base, lines, limit))
     try:
         got = await async_client_for(view.host_id).read(
             box=view.devbox_id, id=view.id, stream=stream, offset=0, limit=limit, last_lines=lines
@@ -111,29 +117,37 @@ async def _whole(view: ExecutionView, stream: Stream) -> bytes:
     size = view.size(stream)
     data = bytearray()
     while len(data) < size:
-        got = await piece(view, stream, len(data), HOST_READ_BYTES)
+        _, got = await piece(view, stream, len(data), HOST_READ_BYTES)
         if not got:
             raise OutputMoved(f"{stream} ended at byte {len(data)} of {size}")
         data += got
     return bytes(data)
 
 
-async def piece(view: ExecutionView, stream: Stream, start: int, length: int) -> bytes:
-    """Up to `length` bytes from byte `start` of a completed execution's output; none at its end.
+async def piece(view: ExecutionView, stream: Stream, start: int, length: int) -> tuple[int, bytes]:
+    """Up to `length` bytes from byte `start` of a completed execution's output, and where they really begin: later
+    when `start` lies in what was dropped. No bytes at the end.
 
     Raises OutputMoved and StorageError.
     """
     if view.kept == Kept.ROW:
-        return view.row_bytes(stream)[start : start + length]
-    length = min(length, view.size(stream) - start)
-    if length <= 0:
-        return b""
+        return start, view.row_bytes(stream)[start : start + length]
+    size, dropped = view.size(stream), view.dropped(stream)
+    if start >= size:
+        return start, b""
     if view.kept == Kept.STORE:
-        return await in_storage(partial(objects.get_range, output_key(view.devbox_id, view.id, stream), start, length))
+        hole = view.hole(stream)
+        if dropped and start < hole:
+            at, length = start, min(length, hole - start)
+        else:
+            start = max(start, hole + dropped) if dropped else start
+            at, length = start - dropped, min(length, size - start)
+        key = output_key(view.devbox_id, view.id, stream)
+        return start, await in_storage(partial(objects.get_range, key, at, length))
     try:
         got = await async_client_for(view.host_id).read(
-            box=view.devbox_id, id=view.id, stream=stream, offset=start, limit=length
+            box=view.devbox_id, id=view.id, stream=stream, offset=start, limit=min(length, size - start)
         )
     except (HostUnreachable, HostRefused) as error:
         raise OutputMoved(str(error)) from error
-    return got.data
+    return got.offset, got.data

@@ -39,6 +39,8 @@ class ExecutionView:
     err_size: int
     out_dropped: int
     err_dropped: int
+    out_hole: int | None
+    err_hole: int | None
     stop_why: str | None
 
     @property
@@ -53,6 +55,10 @@ class ExecutionView:
     def dropped(self, stream: str) -> int:
         """Bytes of the stream that the host did not keep."""
         return self.out_dropped if stream == "stdout" else self.err_dropped
+
+    def hole(self, stream: str) -> int:
+        """Where what was not kept begins in the stream; only when something was dropped and `kept` is store."""
+        return (self.out_hole if stream == "stdout" else self.err_hole) or 0
 
     def row_bytes(self, stream: str) -> bytes:
         """The stream's bytes in the row; only when `kept` is row."""

@@ -24,7 +24,7 @@ from api.ids import new_id
 from devboxes import selectors as devboxes
 from devboxes.devbox_flow import devbox_flow
 from executions.endings import ASKED, DEVBOX_ENDING
-from executions.execution_flow import execution_flow
+from executions.execution_flow import STORE_WITHIN_SECONDS, execution_flow
 from executions.models import Kept
 from flows import hints
 from flows.statements import FENCE
@@ -145,9 +145,10 @@ def request_kill(execution_id: str, *, group: bool) -> None:
 
 
 # The reason of a stop that was wanted explains the death; outputs that did not come with the exit are to be stored.
-_FINISH: Final = """
+_FINISH: Final = f"""
 UPDATE executions_execution e
-   SET status = 'completed', completed_at = now(), exit_status = x.code, deadline_at = NULL,
+   SET status = 'completed', completed_at = now(), exit_status = x.code,
+       deadline_at = CASE WHEN x.kept = 'host' THEN now() + interval '{STORE_WITHIN_SECONDS:g} s' END,
        reason = CASE WHEN e.stop_why IS NOT NULL AND x.code <> 0 AND x.reason->>'kind' IS DISTINCT FROM 'lost'
                      THEN jsonb_build_object('kind', e.stop_why) ELSE x.reason END,
        out_size = x.out_size, err_size = x.err_size, out_dropped = x.out_dropped, err_dropped = x.err_dropped,

@@ -8,8 +8,9 @@ What clients depend on:
 1. An event carries text and the raw byte offset just after it, so a reconnect with that offset loses and repeats
    nothing. No event ends inside a character; bytes that are not UTF-8 become U+FFFD.
 2. Silence is filled with comments, which no decoder takes for an event. There is never an `id:` line.
-3. A clean end means that the command has ended and all of its output was sent. Anything else says so first: error
-   408 when coming back with the last offset will go on, 500 when bytes are gone.
+3. A clean end means that the command has ended and all that was kept of its output was sent. Anything else says so
+   first: error 408 when coming back with the last offset will go on, 500 when bytes are gone.
+4. The middle of an output that was too long to keep is jumped, with one event that says so.
 """
 
 from __future__ import annotations
@@ -104,12 +105,20 @@ async def _events(
     read: Callable[[], ExecutionView], view: ExecutionView, stream: Stream, offset: int
 ) -> Any:  # an AsyncGenerator[bytes, None]
     cutter = TextCutter(offset)
+    position = offset
     yield COMMENT  # the head goes out with it, however long the first byte takes
     try:
-        async for data in _with_heartbeats(_follow(read, view, stream, offset)):
-            if data is None:
+        async for found_bytes in _with_heartbeats(_follow(read, view, stream, offset)):
+            if found_bytes is None:
                 yield COMMENT
                 continue
+            start, data = found_bytes
+            if start > position:
+                before = cutter.finish()
+                marker = f"\n[{start - position} bytes of output were not kept]\n"
+                yield _update(Piece((before.text if before else "") + marker, start))
+                cutter = TextCutter(start)
+            position = start + len(data)
             for at in range(0, len(data), EVENT_BYTES):
                 found = cutter.feed(data[at : at + EVENT_BYTES])
                 if found is not None:
@@ -137,13 +146,13 @@ def _error(code: int, message: str) -> bytes:
     return b"event: error\ndata: " + orjson.dumps({"code": code, "message": message}) + b"\n\n"
 
 
-async def _with_heartbeats(source: Any) -> AsyncIterator[bytes | None]:
+async def _with_heartbeats(source: Any) -> AsyncIterator[tuple[int, bytes] | None]:
     """What `source` yields, None whenever it has been silent for HEARTBEAT_SECONDS.
 
     Raises Interrupted when the server is being stopped.
     """
     stopping = asyncio.ensure_future(going_down.wait())
-    upcoming: asyncio.Future[bytes] | None = None
+    upcoming: asyncio.Future[tuple[int, bytes]] | None = None
     try:
         while True:
             if upcoming is None:
@@ -151,12 +160,12 @@ async def _with_heartbeats(source: Any) -> AsyncIterator[bytes | None]:
             await asyncio.wait({upcoming, stopping}, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if upcoming.done():
                 try:
-                    data = upcoming.result()
+                    found = upcoming.result()
                 except StopAsyncIteration:
                     return
                 finally:
                     upcoming = None
-                yield data
+                yield found
             elif stopping.done():
                 raise Interrupted("the server is being restarted; the stream goes on from the last offset")
             else:
@@ -172,8 +181,11 @@ async def _with_heartbeats(source: Any) -> AsyncIterator[bytes | None]:
 
 async def _follow(
     read: Callable[[], ExecutionView], view: ExecutionView, stream: Stream, offset: int
-) -> Any:  # an AsyncGenerator[bytes, None]
-    """The raw bytes from `offset` to the end of the output. Raises Interrupted, OutputLost, and what `read` raises."""
+) -> Any:  # an AsyncGenerator[tuple[int, bytes], None]
+    """The raw bytes from `offset` to the end of the output, each piece with where it begins.
+
+    Raises Interrupted, OutputLost, and what `read` raises.
+    """
     loop = asyncio.get_running_loop()
     position = offset
     trouble_since: float | None = None
@@ -189,22 +201,30 @@ async def _follow(
                 elif view.completed and view.kept == Kept.NOWHERE:
                     raise OutputLost(f"the output of execution {view.id} was lost: {endings.why(view.reason)}")
                 elif view.completed and view.kept != Kept.HOST:
-                    while data := await piece(view, stream, position, PIECE_BYTES):
-                        position += len(data)
-                        yield data
-                    return
+                    while True:
+                        start, data = await piece(view, stream, position, PIECE_BYTES)
+                        if not data:
+                            return
+                        position = start + len(data)
+                        yield start, data
                 else:
+                    began = False
                     following = async_client_for(view.host_id).follow(
                         box=view.devbox_id, id=view.id, stream=stream, offset=position
                     )
                     async with following:
                         async for data in following:
-                            position += len(data)
+                            start = position if began or following.start is None else following.start
+                            began = True
+                            position = start + len(data)
                             trouble_since, pause = None, RETRY_FIRST_SECONDS
-                            yield data
+                            yield start, data
                     trailer = following.trailer
-                    if trailer is not None and trailer.get("complete"):
+                    if trailer is not None and trailer["complete"]:
                         return
+                    if trailer is not None and trailer.get("resume", 0) > position:
+                        position = trailer["resume"]
+                        continue
                     trouble = "the host ended the stream early"
             except (HostUnreachable, HostRefused, OutputMoved, StorageError) as error:
                 trouble = str(error)

@@ -222,3 +222,52 @@ class Streaming:
         """Close the connection."""
         self._gone.set()
         await asyncio.wait_for(self.task, 5)
+
+
+class Holed:
+    """Lets a fake host have dropped the middle of a command's stdout, as hostd does with what is too long to keep."""
+
+    def __init__(self, fake: FakeHost, start: int, end: int) -> None:
+        self.fake, self.start, self.end = fake, start, end
+        self._read, self._follow = fake.read, fake.follow
+        fake.read = self.read  # type: ignore[method-assign]
+        fake.follow = self.follow  # type: ignore[method-assign]
+
+    def read(self, *, offset: int, limit: int, last_lines: int | None = None, **rest: Any) -> Any:
+        """As hostd's: moved behind the hole, cut before it."""
+        if rest["stream"] == "stderr":
+            return self._read(offset=offset, limit=limit, last_lines=last_lines, **rest)
+        if last_lines is not None:
+            limit = min(limit, len(self.fake._execution(rest["box"], rest["id"]).stdout) - self.end)
+            return self._read(offset=offset, limit=limit, last_lines=last_lines, **rest)
+        if self.start <= offset < self.end:
+            offset = self.end
+        if offset < self.start:
+            limit = min(limit, self.start - offset)
+        return self._read(offset=offset, limit=limit, **rest)
+
+    def follow(self, *, stream: str, offset: int = 0, **rest: Any) -> Any:
+        """As hostd's: begins behind the hole, ends where it begins and says where to go on."""
+        if stream == "stderr":
+            return self._follow(stream=stream, offset=offset, **rest)
+        if self.start <= offset < self.end:
+            offset = self.end
+        following = self._follow(stream=stream, offset=offset, **rest)
+        following.start = offset
+        if offset < self.start:
+            whole, piece = following.execution.stdout, following._piece
+
+            def before() -> bytes | None:
+                if following.offset >= self.start:
+                    following.trailer = {"total": len(whole), "exit": None, "reason": None, "complete": False}
+                    following.trailer |= {"resume": self.end, "dropped": [self.start, self.end]}
+                    return None
+                at = following.offset
+                data = piece()
+                if data:
+                    following.offset = min(following.offset, self.start)
+                    return data[: self.start - at]
+                return data
+
+            following._piece = before
+        return following

@@ -475,6 +475,7 @@ class FakeFollowing:
         self.execution = execution
         self.stream = stream
         self.offset = offset
+        self.start: int | None = offset
         self.trailer: dict[str, Any] | None = None
         self.closed = False
 

@@ -56,6 +56,8 @@ class Migration(migrations.Migration):
                 ('err_size', models.BigIntegerField(db_default=0)),
                 ('out_dropped', models.BigIntegerField(db_default=0, help_text='Bytes the host did not keep.')),
                 ('err_dropped', models.BigIntegerField(db_default=0)),
+                ('out_hole', models.BigIntegerField(blank=True, null=True)),
+                ('err_hole', models.BigIntegerField(blank=True, null=True)),
                 ('upload', models.JSONField(blank=True, help_text='How far the copy to S3 has come.', null=True)),
                 ('devbox', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='executions', to='devboxes.devbox')),
                 ('host', models.ForeignKey(db_constraint=False, db_index=False, on_delete=django.db.models.deletion.DO_NOTHING, related_name='+', to='hosts.host')),

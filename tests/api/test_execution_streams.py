@@ -9,7 +9,7 @@ import pytest
 from api.stopping import GoingDown
 from executions import streams
 from executions.models import Execution
-from tests.execution_world import Streaming, World
+from tests.execution_world import Holed, Streaming, World
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_an_empty_output_is_a_clean_end(world, alice):
 @pytest.mark.parametrize("kept", ["row", "host"])
 def test_coming_back_at_every_offset_loses_and_repeats_nothing(world, alice, monkeypatch, kept):
     if kept == "host":
-        monkeypatch.setattr("executions.execution_flow.objects.put", refuse)
+        monkeypatch.setattr("storage.objects.put", refuse)
         monkeypatch.setattr("hostd.messages.INLINE_MAX", 10)
     monkeypatch.setattr("executions.streams.EVENT_BYTES", 3)
     data = "aé日🎉z".encode() + b"\xff\xe2\x82"
@@ -298,3 +298,117 @@ def test_a_stranger_streams_nothing(world, alice, bob, charlie):
     answer = charlie.get(url(world, execution_id))
     assert (answer.status_code, answer.headers["content-type"]) == (404, "application/json")
     assert Execution.objects.count() == 1
+
+
+# --- output that was too long to keep ---
+
+HEAD, MIDDLE, TAIL = "kopf é\n" * 3000, "m" * 50_000, "schwanz é\n" * 3000
+WHOLE = (HEAD + MIDDLE + TAIL).encode()
+HOLE = (len(HEAD.encode()), len(HEAD.encode()) + len(MIDDLE))
+SEEN = f"{HEAD}\n[{len(MIDDLE)} bytes of output were not kept]\n{TAIL}"
+
+
+class Bucket:
+    """Objects in memory, in parts of a size that makes many of them."""
+
+    PART_BYTES = 10_000
+
+    def __init__(self, monkeypatch):
+        self.objects, self.parts = {}, {}
+        monkeypatch.setattr("storage.objects.PART_BYTES", self.PART_BYTES)
+        for name in ("put", "begin_upload", "put_part", "complete_upload", "get_range"):
+            monkeypatch.setattr(f"storage.objects.{name}", getattr(self, name))
+
+    def put(self, key, data):
+        self.objects[key] = data
+
+    def begin_upload(self, key):
+        self.parts[key] = {}
+        return f"upload of {key}"
+
+    def put_part(self, key, upload_id, number, data):
+        assert upload_id == f"upload of {key}"
+        assert len(data) <= self.PART_BYTES
+        self.parts[key][number] = data
+        return f"etag {number}"
+
+    def complete_upload(self, key, upload_id, etags, size):
+        parts = self.parts.pop(key)
+        assert etags == [f"etag {number}" for number in sorted(parts)]
+        assert all(len(parts[number]) == self.PART_BYTES for number in sorted(parts)[:-1])
+        self.objects[key] = b"".join(parts[number] for number in sorted(parts))
+        assert len(self.objects[key]) == size
+
+    def get_range(self, key, start, length):
+        return self.objects[key][start : start + length]
+
+
+@pytest.mark.parametrize("kept", ["running", "host", "store"])
+def test_a_dropped_middle_is_jumped_with_one_event(world, alice, monkeypatch, kept):
+    bucket = Bucket(monkeypatch)
+    if kept != "store":
+        monkeypatch.setattr("storage.objects.begin_upload", refuse)
+    Holed(world.fake, *HOLE)
+    execution_id = world.started(alice)
+    say(world, execution_id, WHOLE)
+    world.fake.boxes[world.devbox_id].executions[execution_id].dropped = [len(MIDDLE), 0]
+
+    async def live():
+        stream = Streaming(alice, url(world, execution_id))
+        await stream.until(lambda events: events.text == SEEN)
+        world.fake.finish(execution_id)
+        return await stream.end()
+
+    if kept == "running":
+        events = run(world, live())
+    else:
+        world.fake.finish(execution_id)
+        world.work()
+        world.work()
+        row = world.row(execution_id)
+        assert (row.kept, row.out_dropped) == (kept, len(MIDDLE))
+        if kept == "store":
+            assert row.out_hole == HOLE[0]
+            assert list(bucket.objects.values()) == [(HEAD + TAIL).encode()]
+        events = replay(world, alice, execution_id)
+    assert events.text == SEEN
+    assert events.offset == len(WHOLE)
+    assert next(update for update in events.updates if "not kept" in update["output"])["offset"] == HOLE[1]
+    for offset in (HOLE[0] + 1, HOLE[1] - 1):
+        assert replay(world, alice, execution_id, query=f"?offset={offset}").text.endswith(TAIL)
+    assert replay(world, alice, execution_id, query=f"?offset={HOLE[1]}").text == TAIL
+    near = replay(world, alice, execution_id, query=f"?offset={HOLE[0] - 1}").text
+    assert near == f"\n\n[{len(MIDDLE)} bytes of output were not kept]\n{TAIL}"
+    body = alice.get(world.execution_url(execution_id, "?last_n=2")).json()
+    assert (body["stdout"], body["stdout_truncated"]) == ("schwanz é\n" * 2, True)
+    body = alice.get(world.execution_url(execution_id, "?last_n=100000")).json()
+    assert (body["stdout"], body["stdout_truncated"]) == (TAIL, True)
+
+
+def test_a_copy_over_a_dropped_middle_is_taken_up_where_it_was_left(world, alice, monkeypatch):
+    bucket = Bucket(monkeypatch)
+    monkeypatch.setattr("executions.execution_flow.STORE_SECONDS", 0.0)
+    Holed(world.fake, *HOLE)
+    execution_id = world.started(alice)
+    say(world, execution_id, WHOLE)
+    world.fake.boxes[world.devbox_id].executions[execution_id].dropped = [len(MIDDLE), 0]
+    world.fake.finish(execution_id)
+    world.fake.fail("read", times=3, when=lambda offset, **_: offset > HOLE[0] + 100)
+    world.work()
+    for _ in range(6):
+        Execution.objects.filter(wake_at__isnull=False).update(wake_at="2020-01-01T00:00Z")
+        world.work()
+    assert world.row(execution_id).kept == "store"
+    assert list(bucket.objects.values()) == [(HEAD + TAIL).encode()]
+    assert replay(world, alice, execution_id).text == SEEN
+
+
+def test_a_whole_answer_never_hides_what_was_dropped(world, alice):
+    execution_id = world.started(alice)
+    Execution.objects.filter(pk=execution_id).update(
+        status="completed", exit_status=0, completed_at="2020-01-01T00:00Z", wake_at=None, step="done", kept="store"
+    )
+    Execution.objects.filter(pk=execution_id).update(out_size=10, out_dropped=4, request_key="execute_sync:1")
+    headers = {"x-request-id": "1"}
+    answer = alice.post(f"{world.url}/execute_sync", {"command": "sleep 1000"}, headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (413, "output_too_large")
