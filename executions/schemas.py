@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from drf_spectacular.types import OpenApiTypes
-from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
+from drf_spectacular.utils import OpenApiParameter, extend_schema
 from rest_framework import serializers
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from api.schema import problem
 from api.validation import FlagField, SecondsField, StrictSerializer, TextField
 from api.views import AsyncElsewhere
 
@@ -119,24 +120,13 @@ class ExecUpdateChunk(serializers.Serializer[Any]):
     output = serializers.CharField()
 
 
-class Problem(serializers.Serializer[Any]):
-    """Why a request was not served."""
-
-    code = serializers.CharField()
-    message = serializers.CharField()
-
-
 LAST_N = OpenApiParameter(
     "last_n", OpenApiTypes.STR, description="How many of the last lines of stdout and of stderr to answer with (100)."
 )
 OFFSET = OpenApiParameter("offset", OpenApiTypes.STR, description="The first byte to send (0).")
 
 
-def _problem(description: str) -> OpenApiResponse:
-    return OpenApiResponse(Problem, description=description)
-
-
-_NOT_FOUND = _problem("The devbox has no such execution.")
+_NOT_FOUND = problem("The devbox has no such execution.")
 
 
 class Execute(AsyncElsewhere):
@@ -150,10 +140,10 @@ class Execute(AsyncElsewhere):
         request=StartExecutionParameters,
         responses={
             200: AsyncExecutionDetailView,
-            400: _problem("The devbox is not running, or the id stands for another command."),
-            404: _problem("There is no such devbox."),
-            408: _problem("The body did not arrive in time. A command that has not ended is a 200."),
-            429: _problem("Too many unfinished executions."),
+            400: problem("The devbox is not running, or the id stands for another command."),
+            404: problem("There is no such devbox."),
+            408: problem("The body did not arrive in time. A command that has not ended is a 200."),
+            429: problem("Too many unfinished executions."),
         },
     )
     def post(self, request: Request, id: str) -> Response:
@@ -170,9 +160,9 @@ class ExecuteAsync(AsyncElsewhere):
         request=CreateExecutionParameters,
         responses={
             200: AsyncExecutionDetailView,
-            400: _problem("The devbox is not running."),
-            404: _problem("There is no such devbox."),
-            429: _problem("Too many unfinished executions."),
+            400: problem("The devbox is not running."),
+            404: problem("There is no such devbox."),
+            429: problem("Too many unfinished executions."),
         },
     )
     def post(self, request: Request, id: str) -> Response:
@@ -189,10 +179,10 @@ class ExecuteSync(AsyncElsewhere):
         request=CreateExecutionParameters,
         responses={
             200: ExecutionDetailView,
-            400: _problem("The devbox is not running."),
-            404: _problem("There is no such devbox."),
-            413: _problem("The output is too large for one answer; the message names the streams."),
-            429: _problem("Too many unfinished executions."),
+            400: problem("The devbox is not running."),
+            404: problem("There is no such devbox."),
+            413: problem("The output is too large for one answer; the message names the streams."),
+            429: problem("Too many unfinished executions."),
         },
         deprecated=True,
     )
@@ -225,9 +215,9 @@ class WaitForStatus(AsyncElsewhere):
         request=WaitForCommandRequest,
         responses={
             200: AsyncExecutionDetailView,
-            400: _problem("A status is missing or unknown."),
+            400: problem("A status is missing or unknown."),
             404: _NOT_FOUND,
-            408: _problem("It had none of them in time; ask again."),
+            408: problem("It had none of them in time; ask again."),
         },
     )
     def post(self, request: Request, devbox_id: str, execution_id: str) -> Response:
