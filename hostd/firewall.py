@@ -3,8 +3,8 @@
 In charge of: the rules as one text (:func:`rules`, pure), loading and removing them. Not in charge of: addresses
 (`config`), forwarding (`network`).
 
-Every chain accepts by policy and drops only what comes from, or goes to, this install's own links: a dropping policy in
-the machine's namespace would cut the networks of Docker, libvirt and others. Closed to boxes: other boxes, every
+Every chain accepts by policy and refuses only what comes from, or goes to, this install's own links: a dropping policy
+in the machine's namespace would cut the networks of Docker, libvirt and others. Closed to boxes: other boxes, every
 address of the machine, private and special ranges (the metadata address among them), port 25, all of IPv6. Open: public
 addresses, and port 53 of the resolvers, which may be private.
 """
@@ -63,10 +63,11 @@ table {table} {{
     type filter hook input priority filter - 5; policy accept;
     iifname {ours} ct state established,related accept{dns_input}
     iifname {ours} ip daddr {cfg.gateway} icmp type echo-request limit rate 50/second accept
-    iifname {ours} counter drop
+    iifname {ours} counter reject with icmp type admin-prohibited
   }}
   chain forward {{
     type filter hook forward priority filter - 5; policy accept;
+    iifname {ours} oifname "vb*" counter reject with icmp type admin-prohibited
     oifname {ours} ct state established,related accept
     oifname {ours} counter drop comment "nothing from outside begins a connection into a box"
     iifname {ours} ct state established,related accept
