@@ -314,7 +314,7 @@ def _ended(host: HostClient, devbox_id: str, piece: launch.Work, state: Any) -> 
         host.read(
             box=devbox_id, id=piece.id, stream=stream, offset=0, limit=TAIL_BYTES, last_lines=logs.LINES_KEPT
         ).data
-        for stream in ("stdout", "stderr")  # type: ignore[misc]
+        for stream in ("stdout", "stderr")
     )
     code = state["exit"]
     out, err = logs.readable(stdout, piece.secrets), logs.readable(stderr, piece.secrets)

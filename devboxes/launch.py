@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accounts.sealing import unseal
+from devboxes.environment import PATH, command_environment
 from devboxes.models import Devbox
 from hostd.messages import SpawnBody, User
 
 ROOT = User(name="root", uid=0, gid=0, home="/root")
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENTRYPOINT = "entrypoint"
 SETUP = "setup_commands"
 
@@ -130,7 +130,7 @@ def _absolute(path: str, home: str) -> str:
 def _script(script: str, *arguments: str, user: User, env: dict[str, str], stdin: bytes = b"") -> SpawnBody:
     body = SpawnBody(
         argv=["/bin/bash", "-euo", "pipefail", "-c", script, "launch", *arguments],
-        env={"PATH": PATH, **env},
+        env=env,
         cwd="/",
         user=user,
         stdin="none",
@@ -159,7 +159,13 @@ def plan(devbox_id: str) -> list[Work]:
         "user_name", "user_uid", "user_home", "environment_sealed", "mounts_sealed", "launch_commands", "entrypoint"
     ).get(pk=devbox_id)
     name, uid, home, environment_sealed, mounts_sealed, launch_commands, entrypoint = row
-    env: dict[str, str] = unseal(environment_sealed) if environment_sealed else {}
+    env = command_environment(
+        user_name=name,
+        user_home=home,
+        devbox_id=devbox_id,
+        variables=unseal(environment_sealed) if environment_sealed else {},
+    )
+    bare = {"PATH": PATH, "HOME": ROOT["home"], "LANG": "C.UTF-8"}
     mounts: list[dict[str, Any]] = unseal(mounts_sealed) if mounts_sealed else []
     user = user_of(name, uid, home)
     found: list[Work] = []
@@ -168,18 +174,18 @@ def plan(devbox_id: str) -> list[Work]:
         found.append(Work(work_id(devbox_id, len(found)), title, body, secrets=secrets))
 
     if needs_user(name, uid):
-        add(f"make user {name}", _script(_MAKE_USER, name, str(uid), home, user=ROOT, env={}))
+        add(f"make user {name}", _script(_MAKE_USER, name, str(uid), home, user=ROOT, env=bare))
     for mount in mounts:
         if mount["type"] == "file_mount":
             target = _absolute(mount["target"], home)
             content = mount["content"].encode()
-            add(f"write {target}", _script(_WRITE_FILE, target, f"{uid}:{uid}", user=ROOT, env={}, stdin=content))
+            add(f"write {target}", _script(_WRITE_FILE, target, f"{uid}:{uid}", user=ROOT, env=bare, stdin=content))
             continue
         folder = f"{home}/{mount['repo_name']}"
         url = clone_url(mount["repo_owner"], mount["repo_name"])
         token = mount.get("token") or ""
         ref = mount.get("git_ref") or ""
-        clone = _script(_CLONE, url, folder, ref, user=user, env={**env, "HOME": home}, stdin=f"{token}\n".encode())
+        clone = _script(_CLONE, url, folder, ref, user=user, env=env, stdin=f"{token}\n".encode())
         add(f"git clone {url}" + (f" at {ref}" if ref else ""), clone, secrets=[token] if token else [])
         if mount.get("install_command"):
             install = _command(mount["install_command"], user=user, env=env, cwd=folder)

@@ -103,11 +103,11 @@ def view(row: DevboxRow) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """What a list is narrowed to. `metadata`: per key the values of which one must match."""
+    """What a list is narrowed to. `metadata`: pairs of a key and the values of which it must have one."""
 
     status: str | None = None
     name: str | None = None
-    metadata: Mapping[str, Sequence[str]] | None = None
+    metadata: Sequence[tuple[str, Sequence[str]]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def list_devboxes(caller: Caller, filters: Filters, page: Page) -> Listed:
     if filters.name is not None:
         where.append("d.name = %s")
         extra.append(filters.name)
-    for key, values in (filters.metadata or {}).items():
+    for key, values in filters.metadata:
         where.append("(" + " OR ".join(["d.metadata @> %s::jsonb"] * len(values)) + ")")
         extra += [orjson.dumps({key: value}).decode() for value in values]
     condition = " AND ".join(where)

@@ -1,0 +1,249 @@
+"""What changes devboxes at a caller's request: create, update, shut down, keep alive.
+
+In charge of: rules that need the database (caps, room, repetition) and of writing intent. Not in charge of: doing it
+(`devboxes.devbox_flow`), nor of what a field may contain (`devboxes.schemas`).
+"""
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from django.db import connection, transaction
+
+from accounts.caps import limits
+from accounts.sealing import seal
+from api.callers import Caller
+from api.errors import BadRequest, TooManyRequests, Unavailable
+from api.idempotency import body_digest, idempotent
+from api.ids import new_id
+from devboxes import launch, schemas, selectors, sizes, states
+from devboxes.devbox_flow import devbox_flow, entering, transition
+from flows.outcomes import DatabaseNow
+from flows.statements import RELAXED
+from hosts import placement
+from hosts.models import Host, HostState
+
+CREATE = "POST /v1/devboxes"
+CREATE_AND_WAIT = "POST /v1/devboxes/create_and_await_running"
+TOUCH_SECONDS = 10.0
+CAP_MARGIN = 64
+"""So near to its cap an account's creations are made one after the other, so that the cap is exact."""
+
+
+def create_devbox(
+    caller: Caller, parameters: Mapping[str, Any], *, raw_body: bytes, request_id: str | None, route: str = CREATE
+) -> str:
+    """Make a devbox of validated `DevboxCreateParameters` and return its id; its flow does the rest.
+
+    Raises BadRequest when no host could ever hold it or the request id was used for another body, TooManyRequests at
+    the account's cap, Unavailable when there is no host at all.
+    """
+    devbox_id = new_id("dbx")
+    columns = _columns(caller, parameters)
+    with transaction.atomic():
+
+        def create() -> str:
+            _check_room(columns)
+            _check_cap(caller.account_id)
+            _insert(devbox_id, columns)
+            return devbox_id
+
+        made, replayed = idempotent(caller, request_id, route, body_digest(raw_body), create, devbox_id)
+    if not replayed:
+        devbox_flow.nudge(made)
+    return made
+
+
+def _columns(caller: Caller, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in (parameters.get("launch_parameters") or {}).items() if value is not None}
+    size = sizes.size_of(given)
+    keep_alive = given.get("keep_alive_time_seconds") or schemas.KEEP_ALIVE_DEFAULT
+    user = given.get("user_parameters") or {"username": launch.DEFAULT_USER, "uid": launch.DEFAULT_UID}
+    mounts = schemas.all_mounts(dict(parameters))
+    commands = given.get("launch_commands") or []
+    entrypoint = parameters.get("entrypoint") or ""
+    environment = parameters.get("environment_variables") or {}
+    shown = {
+        "resource_size_request": sizes.DEFAULT,
+        "keep_alive_time_seconds": keep_alive,
+        "architecture": "x86_64",
+        **given,
+    }
+    return {
+        "account_id": caller.account_id,
+        "name": parameters.get("name") or "",
+        "metadata": parameters.get("metadata") or {},
+        "architecture": given.get("architecture") or "x86_64",
+        "cpu_millis": size.cpu_millis,
+        "memory_mb": size.memory_mb,
+        "disk_mb": size.disk_mb,
+        "launch_parameters": shown,
+        "environment_sealed": seal(environment) if environment else None,
+        "mounts_sealed": seal(mounts) if mounts else None,
+        "launch_commands": commands,
+        "entrypoint": entrypoint,
+        "user_name": user["username"],
+        "user_uid": user["uid"],
+        "user_home": "/root" if user["uid"] == 0 else f"/home/{user['username']}",
+        "keep_alive_seconds": keep_alive,
+        "launch_total": launch.count(
+            user_name=user["username"],
+            user_uid=user["uid"],
+            mounts=mounts,
+            launch_commands=commands,
+            entrypoint=entrypoint,
+        ),
+        "initiator_type": "api",
+        "initiator_id": caller.key_id or caller.member_id or "",
+    }
+
+
+def _check_room(columns: Mapping[str, Any]) -> None:
+    size = columns["cpu_millis"], columns["memory_mb"], columns["disk_mb"]
+    if placement.fits_any(*size, columns["architecture"]):
+        return
+    hosts = Host.objects.filter(state__in=[HostState.READY, HostState.ENROLLING, HostState.RETIRING])
+    if not hosts.exists():
+        raise Unavailable(
+            "no VM host is enrolled yet; the operator enrols one with manage.py enrol_host", retry_after=5
+        )
+    if not hosts.filter(architecture=columns["architecture"]).exists():
+        raise BadRequest(f"launch_parameters.architecture: no host is {columns['architecture']}")
+    raise BadRequest(
+        f"launch_parameters.resource_size_request: no host is large enough for {size[0] / 1000:g} CPU, "
+        f"{size[1] / 1024:g} GiB of memory and {size[2] / 1024:g} GiB of disk"
+    )
+
+
+def _check_cap(account_id: str) -> None:
+    cap = limits(account_id).running_devboxes
+    with connection.cursor() as cursor:
+        count = _live(cursor, account_id, cap)
+        if count >= cap - CAP_MARGIN:
+            cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"devboxes:{account_id}"])
+            count = _live(cursor, account_id, cap)
+    if count >= cap:
+        raise TooManyRequests(
+            f"this account may have {cap} devboxes at once and has as many; shut one down first", retry_after=10
+        )
+
+
+def _live(cursor: Any, account_id: str, cap: int) -> int:
+    cursor.execute(
+        "SELECT count(*) FROM (SELECT FROM devboxes_devbox WHERE account_id = %s AND ended_at IS NULL LIMIT %s) x",
+        [account_id, cap + 1],
+    )
+    return int(cursor.fetchone()[0])
+
+
+def _insert(devbox_id: str, columns: Mapping[str, Any]) -> None:
+    table = devbox_flow.table
+    assigned: dict[str, Any] = {
+        "id": devbox_id,
+        "step": states.PLACE,
+        "wants": "running",
+        **_DEFAULTS,
+        **columns,
+        "status": states.STATUS[states.PLACE],
+    }
+    names = ", ".join(table.column(name) for name in assigned)
+    values: list[Any] = [table.prepare(name, value) for name, value in assigned.items()]
+    sql = (
+        f"WITH settled AS (INSERT INTO devboxes_devbox ({names}, deadline_at) "
+        f"VALUES ({', '.join(['%s'] * len(values))}, now() + make_interval(secs => %s)) RETURNING id) "
+        "INSERT INTO devboxes_devboxtransition (devbox_id, status, at) SELECT id, %s, clock_timestamp() FROM settled"
+    )
+    with connection.cursor() as cursor:
+        cursor.execute(sql, [*values, states.seconds_for(states.PLACE), states.STATUS[states.PLACE]])
+
+
+_DEFAULTS: dict[str, Any] = {
+    "seen": "",
+    "reserved": False,
+    "slot": "",
+    "address": "",
+    "image_id": "",
+    "launch_index": 0,
+    "why": "",
+}
+
+
+def update_devbox(
+    caller: Caller, devbox_id: str, parameters: Mapping[str, Any], *, raw_body: bytes, request_id: str | None
+) -> None:
+    """Change name and metadata; what is None stays. Raises NotFound, BadRequest for a reused request id."""
+    selectors.access_devbox(caller, devbox_id)
+    sets: list[str] = []
+    values: list[Any] = []
+    if parameters.get("name") is not None:
+        sets.append("name = %s")
+        values.append(parameters["name"])
+    if parameters.get("metadata") is not None:
+        sets.append("metadata = %s::jsonb")
+        values.append(orjson.dumps(parameters["metadata"]).decode())
+
+    def update() -> str:
+        if sets:
+            with connection.cursor() as cursor:
+                cursor.execute(f"UPDATE devboxes_devbox SET {', '.join(sets)} WHERE id = %s", [*values, devbox_id])
+        return devbox_id
+
+    with transaction.atomic():
+        idempotent(caller, request_id, f"POST /v1/devboxes/{devbox_id}", body_digest(raw_body), update, devbox_id)
+
+
+def request_shutdown(devbox_id: str, *, reason: str = "api_shutdown", why: str = "it was asked to shut down") -> bool:
+    """Let a devbox end, whatever it is doing: its status is `shutdown` on return, its box goes in a moment.
+
+    False: it was over already. Whoever works on it loses it, and its host refuses their late calls.
+    """
+    return devbox_flow.request(
+        devbox_id,
+        {
+            "wants": "shutdown",
+            "step": states.TEARDOWN,
+            "step_since": DatabaseNow(),
+            **entering(states.TEARDOWN),
+            "shutdown_reason": reason,
+            "why": why,
+        },
+        guard="ended_at IS NULL",
+        alongside=transition("shutdown", None),
+    )
+
+
+def keep_alive(devbox_id: str) -> None:
+    """Note that the devbox is in use, now."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"UPDATE devboxes_devbox SET last_activity_at = now() WHERE id = %s RETURNING {RELAXED}", [devbox_id]
+        )
+
+
+class _Touched:
+    """When this process last noted the activity of which devbox: a busy one costs an UPDATE every few seconds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._at: dict[str, float] = {}
+
+    def due(self, devbox_id: str) -> bool:
+        now = time.monotonic()
+        with self._lock:
+            if now - self._at.get(devbox_id, -TOUCH_SECONDS) < TOUCH_SECONDS:
+                return False
+            if len(self._at) > 10_000:
+                self._at = {key: at for key, at in self._at.items() if now - at < TOUCH_SECONDS}
+            self._at[devbox_id] = now
+            return True
+
+
+_touched = _Touched()
+
+
+def touch(devbox_id: str) -> None:
+    """Note that something of the devbox was used. Cheap: writes once in ten seconds per process."""
+    if _touched.due(devbox_id):
+        keep_alive(devbox_id)
