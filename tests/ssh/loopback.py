@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
+import pwd
 import signal
 import socket
 import struct
@@ -252,3 +253,8 @@ def started(thing: Any) -> Iterator[Any]:
         yield thing
     finally:
         thing.stop()
+
+
+def link_user() -> str:
+    """Who logs in: nobody when we may become anyone, else ourselves."""
+    return "nobody" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
