@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 REREAD_WITHOUT_REDIS = 2.0
 REREAD_WITH_REDIS = 15.0
+PING_AFTER = 2.0
+PINGS = 2
 
 
 class Watch:
@@ -84,17 +86,21 @@ class Hub:
                 settings.REDIS_URL,
                 socket_connect_timeout=2,
                 socket_timeout=5,
-                socket_keepalive=True,
-                health_check_interval=5,
+                health_check_interval=0,
             )
             try:
                 async with client.pubsub(ignore_subscribe_messages=False) as subscription:
                     await subscription.subscribe(settings.BERTH.HINTS_CHANNEL)
+                    asked = 0
                     while True:
-                        # A frozen server is noticed by the health check's ping, which get_message sends.
-                        message = await subscription.get_message(timeout=2.0)
-                        if message is None:
+                        message = await subscription.get_message(timeout=PING_AFTER)
+                        if message is None:  # silence: is anybody there?
+                            if asked == PINGS:
+                                raise TimeoutError(f"no answer for {PINGS * PING_AFTER:g} s")
+                            asked += 1
+                            await subscription.ping()
                             continue
+                        asked = 0
                         if message["type"] == "subscribe":
                             self.connected, delay = True, 0.1
                             self.wake_all()

@@ -80,7 +80,12 @@ def start_granian(folder: pathlib.Path, redis_url: str, **environment: str) -> G
     argv += ["--workers", "1", "--host", "127.0.0.1", "--port", str(port), "--http2-max-concurrent-streams", "256"]
     with open(folder / "log", "ab") as log:
         process = subprocess.Popen(
-            [*argv, "tests.sockets.app:application"], cwd=PROJECT, env=env, stdout=log, stderr=log, start_new_session=True
+            [*argv, "tests.sockets.app:application"],
+            cwd=PROJECT,
+            env=env,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     served = Granian(port, process, folder)
     deadline = time.monotonic() + 30

@@ -65,9 +65,7 @@ def test_a_caller_who_leaves_frees_what_it_held(served, key):
 
 def test_a_slow_reader_holds_the_source_back(served, key):
     with socket.create_connection(("127.0.0.1", served.port)) as raw:
-        raw.sendall(
-            f"GET /v1/t/endless HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key.secret}\r\n\r\n".encode()
-        )
+        raw.sendall(f"GET /v1/t/endless HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key.secret}\r\n\r\n".encode())
         raw.recv(1000)
         time.sleep(1.0)
         sent = served.seen("sent", 0)
