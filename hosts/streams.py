@@ -90,8 +90,12 @@ class AsyncFollowing:
     trailer: FollowTrailer | None
     """Set when the stream ended by itself. A cut raises HostUnreachable instead and leaves it None."""
 
+    start: int | None
+    """Where the bytes really begin, set before the first one: past the offset asked for when that was dropped."""
+
     def __init__(self, link: LoopLink, line: bytes) -> None:
         self.trailer = None
+        self.start = None
         self._link = link
         self._line = line
         self._stream: ssh.LoopStream | None = None
@@ -102,10 +106,11 @@ class AsyncFollowing:
         try:
             async with self._link.slot(bulk=True):
                 deadline = time.monotonic() + ASK_SECONDS
-                stream, inbox, _reply = await begin(
+                stream, inbox, reply = await begin(
                     self._link, self._line, b"", deadline, bulk=True, window=ssh.IDLE_WINDOW
                 )
                 self._stream = stream
+                self.start = reply.get("offset")
                 data = inbox.rest()
                 while True:
                     for piece in parser.feed(data):
