@@ -4,7 +4,7 @@ One Redis subscription per process feeds a hub of waiters by id. A hint is only 
 itself, after it has registered, so no change is missed. While Redis is away waiters re-read every 2 s; when the
 subscription is back all of them read once. With it, a slow re-read remains as a safety net.
 
-The channel carries ids separated by spaces.
+The channel carries ids separated by spaces or commas.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Hub:
                             self.connected, delay = True, 0.1
                             self.wake_all()
                         elif message["type"] == "message":
-                            for name in message["data"].decode("utf-8", "replace").split():
+                            for name in message["data"].decode("utf-8", "replace").replace(",", " ").split():
                                 self.wake(name)
             except asyncio.CancelledError:
                 raise
