@@ -136,9 +136,10 @@ async def execute_sync(request: Request) -> Response:
     read = _reader(request, execution_id)
     view = await _wait(read, execution_id, _completed, SYNC_MAX_SECONDS)
     if not view.completed:
+        # The time is up, or this server is being stopped. Asked again with its x-request-id it is the same command.
         raise WaitTimedOut(
-            f"execution {execution_id} has not ended after {SYNC_MAX_SECONDS:g} s and goes on; use wait_for_status",
-            headers={"x-should-retry": "false"},
+            f"execution {execution_id} has not ended yet and goes on; use wait_for_status",
+            headers={"x-should-retry": "true"},
         )
     return json_response(await answers.sync_view(read, view))
 
@@ -164,7 +165,7 @@ async def wait_for_status(request: Request) -> Response:
     view = await _wait(read, request.params["execution_id"], reached, seconds)
     if not reached(view):
         raise WaitTimedOut(
-            f"execution {view.id} was still {view.status} after {seconds:g} s; ask again",
+            f"execution {view.id} is still {view.status}; ask again (a wait takes {seconds:g} s at most)",
             headers={"x-should-retry": "true"},
         )
     return json_response(await answers.async_view(read, view, last_n))

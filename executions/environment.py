@@ -1,32 +1,14 @@
 """What a command is started with: its environment, its directory and its user, as the host's `spawn` wants them.
 
-In charge of the defaults every command gets and of what a devbox's own variables may replace. Not in charge of where
-those variables are kept (`devboxes`), or of how bash reads its profile.
+In charge of the shape. Not in charge of the variables, which all that runs in a devbox shares (`devboxes.environment`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from devboxes.environment import command_environment
 from hostd.messages import SpawnBody
-
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
-def command_environment(
-    *, user_name: str, user_home: str, devbox_id: str, variables: Mapping[str, str]
-) -> dict[str, str]:
-    """The defaults of a login on a plain machine, and over them what the devbox was made with."""
-    return {
-        "PATH": f"{user_home}/.local/bin:{PATH}",
-        "HOME": user_home,
-        "USER": user_name,
-        "LOGNAME": user_name,
-        "SHELL": "/bin/bash",
-        "LANG": "C.UTF-8",
-        "DEVBOX_ID": devbox_id,
-        **variables,
-    }
 
 
 def spawn_body(

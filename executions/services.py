@@ -23,6 +23,7 @@ from api.errors import BadRequest, NotFound, TooManyRequests
 from api.ids import new_id
 from devboxes import selectors as devboxes
 from devboxes.devbox_flow import devbox_flow
+from devboxes.services import touch
 from executions.endings import ASKED, DEVBOX_ENDING
 from executions.execution_flow import STORE_WITHIN_SECONDS, execution_flow
 from executions.models import Kept
@@ -100,6 +101,7 @@ def create_execution(caller: Caller, devbox_id: str, new: NewExecution) -> str:
     )
     if made is not None:
         execution_flow.nudge(execution_id)
+        touch(devbox_id)
         return execution_id
     # 1. The same request again, or the same command id: it is the same execution, whatever the devbox does by now.
     if request_key is not None or new.command_id is not None:
