@@ -23,6 +23,7 @@ from hostd.config import HostConfig
 from hostd.keeper_spec import KeeperSpec, ZygoteError
 from hostd.messages import Refused
 
+_LINK_SECONDS = 5.0
 _CHECK_SECONDS = 20.0  # a shipped bundle must tell its version within this time
 
 
@@ -111,6 +112,7 @@ def adopt_keeper(cfg: HostConfig, slot: str, n: int, spec: dict[str, Any], pid: 
         try:
             with keeper_spec.connect_keeper(cfg.run, slot, pid) as link:
                 keeper_spec.adopt_keeper(conn, KeeperSpec(**spec), fds, pid, start, link)
+                _close_when_read(link)
         finally:
             packets.close_all(fd for _, fd in fds)
     return {}
@@ -176,6 +178,17 @@ def zygote(cfg: HostConfig) -> Iterator[socket.socket]:
         os.close(lock)
     with conn:
         yield conn
+
+
+def _close_when_read(link: socket.socket) -> None:
+    """Wait for the keeper to have read all we sent. It drops a connection that takes nothing from it, unread or not."""
+    link.shutdown(socket.SHUT_WR)
+    link.settimeout(_LINK_SECONDS)
+    while True:
+        message, descriptors = packets.receive(link)
+        packets.close_all(descriptors)
+        if message is None:
+            return
 
 
 def _give_keeper(cfg: HostConfig, slot: str, n: int, spec: KeeperSpec, box_is_new: bool) -> tuple[int, int]:
