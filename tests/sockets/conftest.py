@@ -60,22 +60,27 @@ class Granian:
                 self.process.wait(5)
 
 
+def process_environment(redis_url: str, **more: str) -> dict[str, str]:
+    """The environment of a process of ours that uses the test database."""
+    database = settings.DATABASES["default"]
+    password = f"&password={database['PASSWORD']}" if database["PASSWORD"] else ""
+    port = f"&port={database['PORT']}" if database["PORT"] else ""
+    return {
+        **os.environ,
+        "DATABASE_URL": f"postgresql:///{database['NAME']}?host={database['HOST']}&user={database['USER']}{port}{password}",
+        "REDIS_URL": redis_url,
+        "BERTH_SECRET_KEY": "for this test only, and long enough to pass",
+        "BERTH_CLUSTER": settings.BERTH.cluster,
+        "BERTH_SEAL_KEYS": settings.SEAL_KEYS[0],
+        **more,
+    }
+
+
 def start_granian(folder: pathlib.Path, redis_url: str, **environment: str) -> Granian:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    database = settings.DATABASES["default"]
-    env = {
-        **os.environ,
-        "DATABASE_URL": f"postgresql:///{database['NAME']}?host={database['HOST']}&user={database['USER']}"
-        + (f"&port={database['PORT']}&password={database['PASSWORD']}" if database["PASSWORD"] else ""),
-        "REDIS_URL": redis_url,
-        "SEEN": str(folder),
-        "BERTH_SECRET_KEY": "for this test only, and long enough to pass",
-        "BERTH_CLUSTER": settings.BERTH.cluster,
-        "BERTH_SEAL_KEYS": settings.SEAL_KEYS[0],
-        **environment,
-    }
+    env = process_environment(redis_url, SEEN=str(folder), **environment)
     argv = [sys.executable, "-m", "granian", "--interface", "asgi", "--http", "auto", "--loop", "uvloop"]
     argv += ["--workers", "1", "--host", "127.0.0.1", "--port", str(port), "--http2-max-concurrent-streams", "256"]
     with open(folder / "log", "ab") as log:
