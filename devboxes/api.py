@@ -213,7 +213,7 @@ class KeepAlive(APIView):
         tags=_TAGS,
         request=None,
         responses={
-            200: schemas.EmptyRecord,
+            200: {"type": "object", "properties": {}},
             400: OpenApiResponse(description="The devbox is over."),
             **_NOT_FOUND,
         },

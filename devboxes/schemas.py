@@ -498,10 +498,6 @@ class MetadataValuesView(serializers.Serializer[Any]):
     values = serializers.ListField(child=serializers.CharField(), required=False)
 
 
-class EmptyRecord(serializers.Serializer[Any]):
-    """Nothing."""
-
-
 class EvictionEvent(serializers.Serializer[Any]):
     """The data of a server-sent event about a devbox that will be taken away."""
 
