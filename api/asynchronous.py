@@ -237,19 +237,23 @@ async def _run(handler: Handler, request: Request) -> Response | StreamResponse:
     """The handler's answer; ClientGone, and the handler cancelled, when the client leaves first."""
     if request.method in ("GET", "HEAD") and not request.body.declared:
         request.body.finished.set()  # nothing to read: the watcher may have receive() at once
-    task: asyncio.Future[Any] = asyncio.ensure_future(handler(request))
-    read: asyncio.Future[Any] = asyncio.ensure_future(request.body.finished.wait())
+    task: asyncio.Future[Response | StreamResponse] = asyncio.ensure_future(handler(request))
+    read: asyncio.Future[bool] = asyncio.ensure_future(request.body.finished.wait())
     try:
         # While the handler reads the body it owns receive(); afterwards the watcher does.
-        await asyncio.wait([task, read], return_when=asyncio.FIRST_COMPLETED)
+        await _first(task, read)
         if not task.done():
-            await asyncio.wait([task, request.disconnected()], return_when=asyncio.FIRST_COMPLETED)
+            await _first(task, request.disconnected())
             if not task.done():
                 raise ClientGone
         return task.result()
     finally:
         read.cancel()
         await _stop(task)
+
+
+async def _first(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 async def _stop(task: asyncio.Future[Any]) -> None:
@@ -304,7 +308,7 @@ async def _pump(chunks: AsyncIterator[bytes], gone: asyncio.Future[None], send: 
 
     task = asyncio.ensure_future(pump())
     try:
-        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        await _first(task, gone)
         if not task.done():
             raise ClientGone
         task.result()

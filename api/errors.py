@@ -177,4 +177,6 @@ def handle_exception(error: Exception, context: Mapping[str, Any]) -> Response:
 
     set_rollback()
     answer = to_api_error(error)
-    return Response(answer.body(), status=answer.status, headers=answer.headers)
+    response = Response(answer.body(), status=answer.status, headers=answer.headers)
+    response._has_been_logged = True  # type: ignore[attr-defined]  # Django would log a 500 a second time
+    return response

@@ -20,9 +20,10 @@ def purge_requests() -> int:
                 f"DELETE FROM api_idempotencyrecord WHERE id IN (SELECT id FROM api_idempotencyrecord "
                 f"WHERE created_at < now() - interval '{KEPT_HOURS} hours' LIMIT {BATCH})"
             )
-            gone += cursor.rowcount
-            if cursor.rowcount < BATCH:
-                return gone
+            deleted = int(cursor.rowcount)
+        gone += deleted
+        if deleted < BATCH:
+            return gone
 
 
 BEAT = {"purge-requests": {"task": "api.purge_requests", "schedule": 600.0}}

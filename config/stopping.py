@@ -22,7 +22,7 @@ def listen_for_stop() -> None:
     install = _signals.set_loop_signals
 
     def set_loop_signals(loop: Any) -> Any:
-        event = install(loop)
+        event = install(loop)  # type: ignore[no-untyped-call]  # granian brings no types
 
         def stop() -> None:
             going_down.begin()
