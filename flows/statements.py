@@ -203,6 +203,8 @@ class Table:
                 "lease_until": "lease_until = NULL",
                 "attempts": "attempts = 0",
                 "completed_at": "completed_at = now()",
+                "error_code": "error_code = NULL",
+                "error_detail": "error_detail = NULL",
             },
             learnt,
         )
