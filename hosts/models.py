@@ -29,7 +29,7 @@ class HostState(models.TextChoices):
 class Host(Durable):
     """A VM host: one row per (cluster, machine, install)."""
 
-    name = models.TextField(unique=True)
+    name = models.TextField()
     state = models.TextField(choices=HostState.choices, default=HostState.ENROLLING)
     cordoned = models.BooleanField(default=False, help_text="No new devboxes are placed here; those it has go on.")
 
@@ -84,6 +84,7 @@ class Host(Durable):
     class Meta(Durable.Meta):
         ordering = ["name"]
         constraints = [
+            models.UniqueConstraint(name="host_name_once", fields=["name"], condition=~Q(state="retired")),
             models.CheckConstraint(
                 name="host_promises_not_negative",
                 condition=Q(used_cpu_millis__gte=0) & Q(used_memory_mb__gte=0) & Q(used_disk_mb__gte=0),

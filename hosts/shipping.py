@@ -6,16 +6,17 @@ hostd replaces itself (`ship`, `restart`); this is for when there is none.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from hostd.bundle import Bundle, build
-from hosts.ssh import Admin
+from hosts.ssh import Admin, SshError
 from hosts.ssh.admin import CommandFailed
 
 PYTHON: Final = "/usr/bin/python3"
@@ -78,6 +79,19 @@ def put_bundle(admin: Admin, root: str, what: Bundle) -> str:
     except CommandFailed as error:
         raise ShippingFailed(f"{link} could not be set: {error}") from error
     return path
+
+
+@contextlib.contextmanager
+def staged(admin: Admin, what: Bundle) -> Iterator[str]:
+    """The bundle in a temporary folder of the host, for commands that are not the install's own. Gives its path."""
+    folder = admin.run(["mktemp", "-d", "-t", "berth-XXXXXX"], timeout=FILE_SECONDS).decode().strip()
+    try:
+        path = posixpath.join(folder, "hostd.pyz")
+        put_file(admin, path, what.data)
+        yield path
+    finally:
+        with contextlib.suppress(SshError, CommandFailed):  # what is left is small, and another error matters more
+            admin.run(["rm", "-rf", "--", folder], timeout=FILE_SECONDS)
 
 
 def run_hostd(

@@ -30,7 +30,7 @@ class Migration(migrations.Migration):
                 ('deadline_at', models.DateTimeField(blank=True, editable=False, null=True)),
                 ('error_code', models.TextField(blank=True, editable=False, null=True)),
                 ('error_detail', models.TextField(blank=True, editable=False, null=True)),
-                ('name', models.TextField(unique=True)),
+                ('name', models.TextField()),
                 ('state', models.TextField(choices=[('enrolling', 'Enrolling'), ('ready', 'Ready'), ('retiring', 'Retiring'), ('retired', 'Retired'), ('failed', 'Failed')], default='enrolling')),
                 ('cordoned', models.BooleanField(default=False, help_text='No new devboxes are placed here; those it has go on.')),
                 ('address', models.TextField()),
@@ -69,7 +69,7 @@ class Migration(migrations.Migration):
                 'ordering': ['name'],
                 'abstract': False,
                 'indexes': [models.Index(condition=models.Q(('wake_at__isnull', False)), fields=['wake_at'], name='hosts_host_due')],
-                'constraints': [models.CheckConstraint(condition=models.Q(('used_cpu_millis__gte', 0), ('used_memory_mb__gte', 0), ('used_disk_mb__gte', 0)), name='host_promises_not_negative')],
+                'constraints': [models.UniqueConstraint(condition=models.Q(('state', 'retired'), _negated=True), fields=('name',), name='host_name_once'), models.CheckConstraint(condition=models.Q(('used_cpu_millis__gte', 0), ('used_memory_mb__gte', 0), ('used_disk_mb__gte', 0)), name='host_promises_not_negative')],
             },
         ),
         # Claim, settle and heartbeats touch no indexed column but wake_at; room on the page keeps them off the index.

@@ -6,10 +6,11 @@ Commands are argv lists; quoting happens here and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -82,6 +83,35 @@ class Admin:
     def run_as_login(self, argv: Sequence[str], *, timeout: float) -> bytes:
         """As `run`, without becoming root."""
         return self._run(argv, timeout, b"", None)
+
+    @contextlib.contextmanager
+    def beside(self, argv: Sequence[str], *, timeout: float) -> Iterator[str]:
+        """Run as root what prints one line when it is ready and ends with its input; gives that line.
+
+        Raises TimedOut or ConnectionCut.
+        """
+        deadline = time.monotonic() + timeout
+        line = b""
+        try:
+            channel = self.transport.open_channel("session", timeout=min(timeout, DIAL_SECONDS))
+        except (SSHException, EOFError, OSError) as error:
+            raise ConnectionCut(f"while running `{argv[0]}`: {said(error)}") from error
+        with channel:
+            channel.settimeout(0.5)
+            channel.exec_command(shlex.join([*self._prefix, *argv]))
+            while not line.endswith(b"\n"):
+                if time.monotonic() > deadline:
+                    raise TimedOut(f"`{argv[0]}` was not ready within {timeout:.0f} s")
+                try:
+                    data = channel.recv(4096)
+                except TimeoutError:
+                    continue
+                if not data:
+                    told = channel.recv_stderr(4096).decode(errors="replace")[-500:]
+                    raise ConnectionCut(f"`{argv[0]}` ended before it was ready: {told}")
+                line += data
+            yield line.decode(errors="replace").strip()
+            channel.shutdown_write()
 
     def _run(self, argv: Sequence[str], timeout: float, body: bytes, on_line: Callable[[str], None] | None) -> bytes:
         deadline = time.monotonic() + timeout
