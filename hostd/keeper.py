@@ -119,6 +119,10 @@ class Keeper:
         self.journal = Journal(self._out)
         if spec["box"] and not self.box():
             self.journal.write("", {"box": spec["box"]})
+        self._init_pid = int(spec["init_pid"])
+        ended = self.facts().get("box_exit")
+        if ended and ended.get("init") != self._init_pid:  # it was started anew on the same disk
+            self.journal.write("", {"box_exit": None, "box_exit_ack": None})
         program = os.pread(one["seccomp"], FILTER_BYTES, 0) if "seccomp" in one else b""
         cgroups = [descriptor for role, descriptor in given.descriptors if role == "box_cgroup"]
         shell = Shell(cgroups, self._init, program, int(spec["capabilities"]), given.area)
@@ -130,7 +134,7 @@ class Keeper:
             self.spawner,
             Settings(spec),
             self.oom_kills,
-            lambda: procs.exiting(int(spec["init_pid"])),
+            lambda: procs.exiting(self._init_pid),
             self._park,
             self._announce,
         )
@@ -190,7 +194,7 @@ class Keeper:
         self.poller.off(self._init)
         self.executions.box_gone = True
         oom = self.oom_kills() > self._kills_before
-        self.journal.write("", {"box_exit": {"oom": oom, "at_ms": int(time.time() * 1000)}})
+        self.journal.write("", {"box_exit": {"init": self._init_pid, "oom": oom, "at_ms": int(time.time() * 1000)}})
         self.spawner.stop()
         for link in self._links:
             link.box_exit = True

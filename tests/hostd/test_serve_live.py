@@ -217,6 +217,7 @@ def test_init_killed(host: LiveHost):
     box, up = create(host)
     exe = new_id("exe")
     host.client.spawn(box, exe, "echo said; sleep 60")
+    until(lambda: host.client.call("state", box=box, id=exe)["sizes"][0])
     with host.client.watch() as watch:
         os.kill(up["init_pid"], signal.SIGKILL)
         events = {event.get("id", "box"): event for event in (watch.next(), watch.next())}
