@@ -164,8 +164,9 @@ async def wait_for_status(request: Request) -> Response:
 
     view = await _wait(read, request.params["execution_id"], reached, seconds)
     if not reached(view):
+        asked = " or ".join(sorted(wanted))
         raise WaitTimedOut(
-            f"execution {view.id} is still {view.status}; ask again (a wait takes {seconds:g} s at most)",
+            f"execution {view.id} is {view.status} and was not {asked} within {seconds:g} s; ask again",
             headers={"x-should-retry": "true"},
         )
     return json_response(await answers.async_view(read, view, last_n))

@@ -93,6 +93,8 @@ class ExecutionFlow(Flow[ExecutionRow]):
     def expired(self, row: ExecutionRow) -> Outcome | None:
         """What has a deadline: starting, after which nobody ever starts it (the host's reconcile stops a stray one),
         and storing the output, which goes on as long as the host may be expected to have it."""
+        if row.step == "kill":
+            return self._ended(row, 128 + SIGKILL, {"kind": "killed_before_start"})
         if row.step == "spawn":
             return self._lost("it could not be started in time: its host did not answer")
         return self._gone(row) if row.step == "store" else None

@@ -285,6 +285,21 @@ def test_the_same_request_id_is_the_same_execution(world, alice, operation):
     assert len(world.fake.called("spawn")) == 2
 
 
+def test_the_same_request_id_with_another_command_id_is_refused(world, alice):
+    headers = {"x-request-id": "1"}
+    body = {"command": "sleep 1000", "command_id": "a", "optimistic_timeout": 0}
+    first = alice.post(f"{world.url}/execute", body, headers=headers)
+    assert alice.post(f"{world.url}/execute", body, headers=headers).json() == first.json()
+    assert alice.post(f"{world.url}/execute", body, headers={"x-request-id": "2"}).json() == first.json()
+    answer = alice.post(f"{world.url}/execute", {**body, "command_id": "b"}, headers=headers)
+    assert (answer.status_code, "x-request-id" in answer.json()["message"]) == (400, True)
+
+
+def test_a_request_id_has_a_bound(world, alice):
+    headers = {"x-request-id": "x" * 256}
+    assert alice.post(f"{world.url}/execute_async", {"command": "true"}, headers=headers).status_code == 400
+
+
 def test_the_same_request_id_on_another_operation_is_another_request(world, alice):
     headers = {"x-request-id": "1"}
     world.fake.script("true")
@@ -542,3 +557,56 @@ def test_input_while_the_host_is_silent_is_503(world, alice):
 def test_the_longest_command_id_is_kept(world, alice):
     world.fake.script("true")
     assert execute(world, alice, "true", command_id="x" * services.COMMAND_ID_MAX).status_code == 200
+
+
+def test_a_sync_call_whose_client_has_left_goes_on_and_is_found_again(world, alice):
+    headers = {"x-request-id": "retry"}
+    body = {"command": "slow"}
+
+    async def leave():
+        request = asyncio.ensure_future(
+            world.web.send("POST", f"{world.url}/execute_sync", key=alice.secret, json=body, headers=headers)
+        )
+        while not world.fake.called("spawn"):
+            await asyncio.sleep(0.005)
+        request.cancel()
+        return world.fake.called("spawn")[0]["id"]
+
+    with world.working():
+        execution_id = world.web.run(leave())
+        assert world.row(execution_id).status in ("queued", "running")
+        world.fake.finish(execution_id, exit=8)
+        answer = alice.post(f"{world.url}/execute_sync", body, headers=headers)
+    assert (answer.json()["execution_id"], answer.json()["exit_status"]) == (execution_id, 8)
+
+
+def test_a_read_only_key_reads_and_waits_but_runs_nothing(world, alice, web):
+    from accounts.models import ApiKey
+    from tests.conftest import make_party
+
+    reader = make_party(alice.account_id, "reader", web)
+    ApiKey.objects.filter(pk=reader.key_id).update(access="read_only")
+    execution_id = world.started(alice)
+    assert reader.get(world.execution_url(execution_id)).status_code == 200
+    assert wait(world, reader, execution_id, {"statuses": ["running"]}).status_code == 200
+    assert reader.post(f"{world.url}/execute_async", {"command": "true"}).status_code == 403
+    assert reader.post(world.execution_url(execution_id, "/kill")).status_code == 403
+
+
+def test_the_admin_lists_and_shows_and_never_edits(world, alice, client):
+    from django.contrib.auth.models import User
+
+    execution_id = world.started(alice, "echo <b>secret</b>")
+    client.force_login(User.objects.create_superuser("operator"))
+    page = client.get("/admin/executions/execution/")
+    assert (page.status_code, execution_id in page.content.decode()) == (200, True)
+    assert "<b>secret" not in page.content.decode()
+    assert client.get(f"/admin/executions/execution/?q={execution_id}").status_code == 200
+    page = client.get(f"/admin/executions/execution/{execution_id}/change/")
+    assert page.status_code == 200
+    assert client.get("/admin/executions/execution/add/").status_code == 403
+    assert client.post(f"/admin/executions/execution/{execution_id}/change/", {"status": "completed"}).status_code in (
+        302,
+        403,
+    )
+    assert world.row(execution_id).status == "running"

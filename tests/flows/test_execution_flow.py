@@ -323,6 +323,15 @@ def test_a_start_has_a_deadline_and_a_running_command_none(create, fake):
     assert run(other, seconds=10 * services.START_WITHIN_SECONDS).status == "running"
 
 
+def test_a_stop_of_one_that_never_started_ends_with_its_deadline(create, fake):
+    pk = create()
+    services.request_kill(pk, group=False)
+    fake.unreachable = True
+    assert run(pk).status == "queued"
+    done = run(pk, seconds=services.START_WITHIN_SECONDS + 1)
+    assert (done.status, done.exit_status, done.reason) == ("completed", 137, {"kind": "asked"})
+
+
 def test_an_execution_the_host_has_never_heard_of_is_lost(create, fake, devbox):
     pk = create()
     run(pk)
