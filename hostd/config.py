@@ -28,8 +28,9 @@ LOCK_FOLDER = "/run/lock"
 DEFAULT_ROOTS = "/var/lib/berth-host"
 DEFAULT_IMAGE_CACHE = "/var/cache/berth/images"
 
-_BOX_UIDS = 1 << 28  # first host uid of box 0 of install 0
-_BOX_UIDS_PER_INSTALL = 1 << 27
+# First host uid of box 0 of install 0. All sixteen installs end below 2**31, where the kernel's ping_group_range ends.
+_BOX_UIDS = 47 << 20
+_BOX_UIDS_PER_INSTALL = BOXES * UIDS_PER_BOX
 _KEEPER_UIDS = _BOX_UIDS - (1 << 20)
 _KEEPER_UIDS_PER_INSTALL = 4096
 

@@ -333,6 +333,10 @@ def test_other_boxes_are_closed_and_the_box_itself_is_open(trial: Trial, box: Ma
             pass  # the machine may dial into its boxes
 
 
+def test_the_gateway_answers_its_user(trial: Trial, box: Made) -> None:
+    trial.run(box, f"ping -c 1 -W 2 {trial.cfg.gateway}", check=True)
+
+
 def test_the_resolver_is_open(trial: Trial, box: Made) -> None:
     resolver = network.resolvers(trial.cfg)
     if not resolver:

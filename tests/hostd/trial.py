@@ -48,8 +48,8 @@ class Trial:
 
     def _claim(self, install: int | None) -> HostConfig:
         root = f"{self.folder}/root"
-        given = os.environ.get("BERTH_TEST_INSTALL")
-        wanted = [install] if install is not None else [int(given)] if given else range(config.INSTALLS - 1, 0, -1)
+        # From above: real installs take the lowest free number.
+        wanted = range(config.INSTALLS - 1, 0, -1) if install is None else [install]
         for number in wanted:
             with contextlib.suppress(config.ConfigError):
                 config.claim_install(root, number)
@@ -63,6 +63,7 @@ class Trial:
                         "pool_bytes": POOL_BYTES,
                     }
                 )
+        shutil.rmtree(self.folder)
         raise RuntimeError(f"no install number of {list(wanted)} is free")
 
     def set_up(self) -> Trial:
@@ -78,7 +79,7 @@ class Trial:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def do(self, action: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """What a maker would do: ``action(cfg, …)`` inside the private mount namespace. Its exception is raised here."""
+        """What a maker would do: ``action(cfg, …)`` in the private mount namespace. Its exception is raised."""
         child, answer = self.start(action, *arguments, **named)
         with open(answer, "rb") as file:
             data = file.read()
@@ -206,7 +207,7 @@ def _processes(cfg: HostConfig) -> list[str]:
     low, high = cfg.uid_base(0), cfg.uid_base(config.BOXES - 1) + config.UIDS_PER_BOX
     found = []
     for name in os.listdir("/proc"):
-        if name.isdigit():
+        if name.isdigit() and bundles.start_time(int(name)) is not None:  # a dead one is its parent's to collect
             with contextlib.suppress(OSError):
                 uid = os.stat(f"/proc/{name}").st_uid
                 if low <= uid < high or cfg.keeper_uid(0) <= uid <= cfg.keeper_uid(config.BOXES - 1):
