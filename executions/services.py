@@ -177,7 +177,7 @@ def finish_executions(events: Sequence[ExitEvent]) -> list[str]:
     if not events:
         return []
     latest = {event.id: event for event in events}
-    batch = list(latest.values())
+    batch = [latest[execution_id] for execution_id in sorted(latest)]  # the same order for all: no deadlocks
     finished = _fetch_all(
         _FINISH,
         (

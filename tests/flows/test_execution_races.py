@@ -1,0 +1,110 @@
+"""Commands under real concurrency: several connections, real commits."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from django.db import connection
+
+from api.callers import Caller
+from executions import services
+from executions.execution_flow import execution_flow
+from executions.models import Execution
+from tests.execution_world import make_devbox, make_host
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+THREADS = 8
+
+
+@pytest.fixture
+def account():
+    from accounts.services import create_account
+
+    return create_account("acme").pk
+
+
+@pytest.fixture
+def fake():
+    return make_host()
+
+
+@pytest.fixture
+def devbox(account, fake):
+    return make_devbox(account, fake)
+
+
+def at_once(functions):
+    """Run them on threads that start together; their results or exceptions."""
+    ready = threading.Barrier(len(functions))
+
+    def run(function):
+        try:
+            ready.wait(10)
+            return function()
+        except Exception as error:
+            return error
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return list(pool.map(run, functions))
+
+
+def create(account, devbox, **values):
+    new = services.NewExecution(**{"operation": "execute", "command": "sleep 1000", **values})
+    return services.create_execution(Caller(account_id=account), devbox, new)
+
+
+@pytest.mark.parametrize("identity", [{"command_id": "same"}, {"request_id": "same"}])
+def test_the_same_request_many_times_at_once_is_one_execution(account, devbox, identity):
+    found = at_once([lambda: create(account, devbox, **identity)] * THREADS)
+    assert len(set(found)) == 1, found
+    assert Execution.objects.count() == 1
+
+
+def test_workers_that_are_nudged_at_once_spawn_once(account, devbox, fake):
+    pk = create(account, devbox)
+    ran = at_once([lambda: execution_flow.run(pk)] * THREADS)
+    assert ran.count(True) == 1, ran
+    assert len(fake.called("spawn")) == 1
+    assert Execution.objects.get().status == "running"
+
+
+def test_the_end_and_the_settle_of_the_spawn_at_once(account, devbox, fake):
+    for n in range(15):
+        pk = create(account, devbox)
+        spawned = threading.Event()
+        fake.hooks["spawn"] = lambda spawned=spawned, **_: spawned.set()
+
+        def end(pk=pk, spawned=spawned, n=n):
+            spawned.wait(10)
+            fake.finish(pk, exit=n, stdout=b"out")
+            return fake.deliver()
+
+        results = at_once([lambda pk=pk: execution_flow.run(pk), end])
+        assert not [one for one in results if isinstance(one, Exception)], results
+        row = Execution.objects.get(pk=pk)
+        assert (row.status, row.step, row.exit_status, row.lease, row.wake_at) == ("completed", "done", n, None, None)
+
+
+def test_a_stop_and_the_spawn_at_once(account, devbox, fake):
+    for _ in range(15):
+        pk = create(account, devbox)
+        results = at_once([lambda pk=pk: execution_flow.run(pk), lambda pk=pk: services.request_kill(pk, group=False)])
+        assert not [one for one in results if isinstance(one, Exception)], results
+        execution_flow.run(pk)
+        fake.deliver()
+        row = Execution.objects.get(pk=pk)
+        assert (row.status, row.exit_status, row.reason) == ("completed", 137, {"kind": "asked"})
+        assert fake.boxes[devbox].executions[pk].state == "exited"
+
+
+def test_ends_of_one_batch_told_by_two_watchers_at_once(account, devbox, fake):
+    ids = [create(account, devbox) for _ in range(20)]
+    for pk in ids:
+        execution_flow.run(pk)
+        fake.finish(pk, exit=1)
+    results = at_once([fake.deliver] * 4)
+    assert not [one for one in results if isinstance(one, Exception)], results
+    assert Execution.objects.filter(status="completed", exit_status=1).count() == len(ids)
