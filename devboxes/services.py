@@ -151,8 +151,8 @@ def _insert(devbox_id: str, columns: Mapping[str, Any]) -> None:
     names = ", ".join(table.column(name) for name in assigned)
     values: list[Any] = [table.prepare(name, value) for name, value in assigned.items()]
     sql = (
-        f"WITH settled AS (INSERT INTO devboxes_devbox ({names}, deadline_at) "
-        f"VALUES ({', '.join(['%s'] * len(values))}, now() + make_interval(secs => %s)) RETURNING id) "
+        f"WITH settled AS (INSERT INTO devboxes_devbox ({names}, created_at, deadline_at) "
+        f"VALUES ({', '.join(['%s'] * len(values))}, now(), now() + make_interval(secs => %s)) RETURNING id) "
         "INSERT INTO devboxes_devboxtransition (devbox_id, status, at) SELECT id, %s, clock_timestamp() FROM settled"
     )
     with connection.cursor() as cursor:
