@@ -35,6 +35,7 @@ CONNECT_SECONDS = 5.0
 LIST_SECONDS = 3.0
 _RETRY_SECONDS = (0.02, 0.1, 0.5, 2.0)
 _SOON_SECONDS = 1.0
+_VERDICT_SECONDS = 0.5
 _PACKETS_AT_ONCE = 64
 
 log = logging.getLogger("hostd.keepers")
@@ -116,20 +117,22 @@ class Keepers:
     def is_up(self, slot: str) -> bool:
         """True while the box's init lives."""
         link = self._links.get(slot)
-        return link is not None and link.record.ended is None
+        return link is not None and link.init is not None
 
     # --- records
 
     def load(self) -> dict[str, Record]:
-        """Records on disk by slot. One that cannot be read is dropped: its box is then treated as half made."""
+        """Records on disk by slot, also those of an older or newer hostd. One that cannot be read is dropped: its box
+        is then treated as half made."""
         found: dict[str, Record] = {}
+        names = {item.name for item in dataclasses.fields(Record)}
         for name in os.listdir(self._folder):
             path = f"{self._folder}/{name}"
             try:
                 with open(path, "rb") as file:
-                    record = Record(**json.load(file))
+                    record = Record(**{name: value for name, value in json.load(file).items() if name in names})
                 found[record.slot] = record
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, AttributeError):
                 log.warning("%s cannot be read and is removed", path)
                 os.unlink(path)
         return found
@@ -156,7 +159,7 @@ class Keepers:
             if not record.ended_acked and box is not None:
                 self._events.add(box, BOX_EXIT_ID, {**record.ended, "box": box})
         elif not self._watch_init(link):
-            self._init_ended(link)
+            self._ended(link, None)
         if record.boot_id == self._boot_id:
             link.task = asyncio.get_running_loop().create_task(self._open(link))
         return link
@@ -443,7 +446,7 @@ class Keepers:
                 self._events.add(link.box, event["id"], {**event, "box": link.box})
         elif kind == "box_exit":
             if link.record.ended is None:
-                self._init_ended(link)
+                self._ended(link, message.get("oom") is True)
             elif link.record.ended_acked:
                 self._say(link, {"ack": [BOX_EXIT_ID]})
         elif kind == "spawner":
@@ -468,7 +471,7 @@ class Keepers:
             os.close(handle)
             return False
         link.init = handle
-        asyncio.get_running_loop().add_reader(handle, self._init_ended, link)
+        asyncio.get_running_loop().add_reader(handle, self._init_gone, link)
         return True
 
     def _unwatch_init(self, link: Link) -> None:
@@ -477,7 +480,13 @@ class Keepers:
             os.close(link.init)
             link.init = None
 
-    def _init_ended(self, link: Link) -> None:
+    def _init_gone(self, link: Link) -> None:
+        """Init ended. The keeper, which counts kills for want of memory as they come, knows best whether this was one;
+        it has a moment to say so."""
+        self._unwatch_init(link)
+        asyncio.get_running_loop().call_later(_VERDICT_SECONDS, self._ended, link, None)
+
+    def _ended(self, link: Link, oom: bool | None) -> None:
         """The box is down although nobody destroyed it."""
         self._unwatch_init(link)
         if link.gone or link.record.ended is not None:
@@ -490,10 +499,11 @@ class Keepers:
                 status = os.waitstatus_to_exitcode(raw) if pid else None
             except ChildProcessError:
                 pass  # made under an earlier hostd: nobody here may ask
-        try:
-            oom = record.boot_id == self._boot_id and oom_kills(self._cfg, record.slot) > 0
-        except OSError:
-            oom = False
+        if oom is None:
+            try:
+                oom = record.boot_id == self._boot_id and oom_kills(self._cfg, record.slot) > 0
+            except OSError:
+                oom = False
         exit = -1 if status is None else status if status >= 0 else 128 - status
         record.ended = {"event": "box_exit", "exit": exit, "oom": oom, "at_ms": time.time_ns() // 1_000_000}
         self._save(record)

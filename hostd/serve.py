@@ -552,7 +552,8 @@ def _log_to(cfg: HostConfig) -> None:
     os.makedirs(folder, mode=0o700, exist_ok=True)
     handler = RotatingFileHandler(f"{folder}/hostd.log", maxBytes=_LOG_BYTES, backupCount=_LOG_FILES)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger("hostd")
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    root.propagate = False
+    for name in ("hostd", "asyncio"):  # the loop tells of exceptions in callbacks
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

@@ -82,7 +82,8 @@ class Verbs:
         try:
             await self.unmake(slot, n)
         except Refused as refused:
-            log.error("left-over box %s was not removed: %s", slot, refused)
+            log.error("left-over box %s was not removed yet: %s", slot, refused)
+            self.warm.discard(Slot(slot, n, "", 0))
 
     # --- verbs
 

@@ -70,7 +70,7 @@ class Warm:
         return None
 
     def discard(self, slot: Slot) -> None:
-        """One that cannot be used: destroyed when there is time."""
+        """One that cannot be used, or is nobody's: destroyed when there is time, again and again until it works."""
         with contextlib.suppress(ValueError):
             self._ready.remove(slot)
         self._doomed.append(slot)
@@ -99,12 +99,14 @@ class Warm:
         for slot in list(self._ready):
             if slot.image != self._cfg.image or len(self._ready) > self._cfg.warm:
                 self.discard(slot)
+        if time.monotonic() < self._not_before:
+            return False
         if self._doomed:
             slot = self._doomed[0]
             await self._unmake(slot.slot, slot.n)
             self._doomed.popleft()
             return True
-        if len(self._ready) < self._cfg.warm and self._cfg.image and time.monotonic() >= self._not_before:
+        if len(self._ready) < self._cfg.warm and self._cfg.image:
             await self._make()
             return True
         return False
