@@ -61,5 +61,10 @@ def server_error(request: HttpRequest) -> HttpResponse:
     return JsonResponse({"code": "internal", "message": "something went wrong on our side"}, status=500)
 
 
+def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
+    return JsonResponse({"code": "bad_request", "message": "this server cannot take such a request"}, status=400)
+
+
+handler400 = bad_request
 handler404 = not_found
 handler500 = server_error

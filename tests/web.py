@@ -13,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import httpx
-from django.core.signals import request_finished, request_started
-from django.db import close_old_connections, connection, connections
+from django.db import connection, connections
 
 from api import threads
 
@@ -34,13 +33,13 @@ class SharedConnection:
         self._previous_pool = threads.use_pool(self.pool)
         self._bridge, self._bridge_pool = bridge, bridge.pool
         bridge.pool = self.pool
-        for signal in (request_started, request_finished):  # they would close the test's connection
-            signal.disconnect(close_old_connections)
+        # The end of a request would close the test's connection.
+        mine.close_if_unusable_or_obsolete = lambda: None  # type: ignore[method-assign]
+        self._connection = mine
         return self
 
     def __exit__(self, *_: object) -> None:
-        for signal in (request_started, request_finished):
-            signal.connect(close_old_connections)
+        del self._connection.close_if_unusable_or_obsolete
         self._bridge.pool = self._bridge_pool
         threads.use_pool(self._previous_pool)
         self.pool.shutdown()

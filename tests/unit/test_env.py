@@ -49,3 +49,40 @@ def test_a_wrong_value_is_named(tmp_path, expression):
 
 def test_words(tmp_path):
     assert read("env.words('N')", tmp_path, N=" a, ,b,") == "['a', 'b']"
+
+
+def settings_of(expression, **environment):
+    program = f"from django.conf import settings as s; print(repr(({expression})))"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=PROJECT,
+        env={"PATH": os.environ["PATH"], "DJANGO_SETTINGS_MODULE": "config.settings", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_admin_cookies_cannot_be_set_by_a_sibling_where_https_is():
+    cookies = "s.SESSION_COOKIE_NAME, s.CSRF_COOKIE_NAME, s.SESSION_COOKIE_SECURE"
+    assert settings_of(cookies) == "('berth_session', 'berth_csrf', False)"
+    secure = settings_of(cookies, BERTH_PUBLIC_URL="https://berth.example.com")
+    assert secure == "('__Host-berth_session', '__Host-berth_csrf', True)"
+
+
+def test_a_database_url_with_a_socket_folder():
+    url = "postgresql://berth:p%40ss@/berth?host=/run/x&port=5433&application_name=web"
+    database = "[s.DATABASES['default'][k] for k in ('NAME', 'USER', 'PASSWORD', 'HOST', 'PORT')]"
+    assert settings_of(database, DATABASE_URL=url) == "['berth', 'berth', 'p@ss', '/run/x', '5433']"
+    assert settings_of("s.DATABASES['default']['OPTIONS']['application_name']", DATABASE_URL=url) == "'web'"
+
+
+def test_nothing_is_served_with_a_known_key():
+    program = "import config.asgi"
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=PROJECT, env={"PATH": os.environ["PATH"]}, capture_output=True
+    )
+    assert run.returncode != 0
+    for name in (b"BERTH_SECRET_KEY", b"BERTH_SEAL_KEYS", b"BERTH_CLUSTER"):
+        assert name in run.stderr
