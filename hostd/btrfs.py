@@ -42,10 +42,12 @@ _FLAG_BY_ID: Final = 1 << 4
 _QUOTA_ENABLE: Final = 1
 _QUOTA_ENABLE_SIMPLE: Final = 4
 _LIMIT_MAX_RFER: Final = 1
+_LIMIT_MAX_EXCL: Final = 2
 
 _ROOT_TREE: Final = 1
 _QUOTA_TREE: Final = 8
-_FIRST_FREE_OBJECT: Final = 256
+FIRST_SUBVOLUME: Final = 256
+_ROOT_ITEM_KEY: Final = 132
 _ROOT_REF_KEY: Final = 156
 _QGROUP_STATUS_KEY: Final = 240
 _QGROUP_INFO_KEY: Final = 242
@@ -87,7 +89,7 @@ def is_btrfs(path: str) -> bool:
     try:
         with _folder(path) as folder:
             buffer = bytearray(4096)
-            struct.pack_into("=QQ", buffer, 0, 0, _FIRST_FREE_OBJECT)
+            struct.pack_into("=QQ", buffer, 0, 0, FIRST_SUBVOLUME)
             fcntl.ioctl(folder, _INO_LOOKUP, buffer)
     except OSError:
         return False
@@ -130,7 +132,7 @@ def delete_subvolume_by_id(anywhere: str, subvolume: int) -> None:
 def subvolume_id(path: str) -> int:
     with _folder(path) as folder:
         buffer = bytearray(4096)
-        struct.pack_into("=QQ", buffer, 0, 0, _FIRST_FREE_OBJECT)
+        struct.pack_into("=QQ", buffer, 0, 0, FIRST_SUBVOLUME)
         fcntl.ioctl(folder, _INO_LOOKUP, buffer)
         found: int = struct.unpack_from("=Q", buffer)[0]
         return found
@@ -210,32 +212,37 @@ def remove_qgroup(path: str, group: int) -> None:
         fcntl.ioctl(folder, _QGROUP_CREATE, bytearray(struct.pack("=QQ", 0, group)))
 
 
-def limit_qgroup(path: str, group: int, max_bytes: int | None) -> None:
-    """Limit what the group's members may hold; None lifts the limit."""
+def limit_qgroup(path: str, group: int, max_bytes: int | None, *, exclusive: bool = False) -> None:
+    """Limit what the group's members may hold (``exclusive``: what nobody else holds too); None lifts the limit."""
     value = _U64_MAX if max_bytes is None else max_bytes  # all ones clears a limit
+    flags, values = (_LIMIT_MAX_EXCL, (0, value)) if exclusive else (_LIMIT_MAX_RFER, (value, 0))
     with _folder(path) as folder:
-        fcntl.ioctl(folder, _QGROUP_LIMIT, bytearray(struct.pack("=QQQQQQ", group, _LIMIT_MAX_RFER, value, 0, 0, 0)))
+        fcntl.ioctl(folder, _QGROUP_LIMIT, bytearray(struct.pack("=QQQQQQ", group, flags, *values, 0, 0)))
 
 
-def qgroup_usage(path: str, group: int) -> tuple[int, int | None]:
-    """(bytes held, limit) of a quota group. Raises FileNotFoundError when there is none."""
+def qgroup_usage(path: str, group: int, *, exclusive: bool = False) -> tuple[int, int | None]:
+    """(bytes held, limit) of a quota group, as last committed. Raises FileNotFoundError when there is none."""
     held: int | None = None
     limit: int | None = None
     for _, _, data in _search(path, _QUOTA_TREE, 0, 0, _QGROUP_INFO_KEY, group):
-        held = struct.unpack_from("=5Q", data)[1]
+        held = struct.unpack_from("=5Q", data)[3 if exclusive else 1]
     for _, _, data in _search(path, _QUOTA_TREE, 0, 0, _QGROUP_LIMIT_KEY, group):
-        flags, max_rfer = struct.unpack_from("=QQ", data)
-        limit = max_rfer if flags & _LIMIT_MAX_RFER else None
+        flags, max_rfer, max_excl = struct.unpack_from("=QQQ", data)
+        if flags & (_LIMIT_MAX_EXCL if exclusive else _LIMIT_MAX_RFER):
+            limit = max_excl if exclusive else max_rfer
     if held is None:
         raise FileNotFoundError(2, "no such quota group", f"{group >> 48}/{group & (LEVEL_1 - 1)}")
     return held, limit
 
 
-def level_1_groups(path: str) -> list[int]:
-    """All level-1 quota groups of the file system."""
-    return [
-        offset for _, offset, _ in _search(path, _QUOTA_TREE, 0, 0, _QGROUP_INFO_KEY) if offset >> 48 == 1
-    ]
+def quota_groups(path: str, level: int) -> list[int]:
+    """All quota groups of a level: 0 is the subvolumes' own, named by their ids."""
+    return [offset for _, offset, _ in _search(path, _QUOTA_TREE, 0, 0, _QGROUP_INFO_KEY) if offset >> 48 == level]
+
+
+def subvolume_exists(path: str, subvolume: int) -> bool:
+    """Whether the kernel still has the subvolume: a deleted one stays until it is cleaned up."""
+    return any(True for _ in _search(path, _ROOT_TREE, subvolume, subvolume, _ROOT_ITEM_KEY))
 
 
 # --- searching ------------------------------------------------------------------------------------------------------

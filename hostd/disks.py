@@ -4,8 +4,9 @@ In charge of: the pool's file, loop device, file system and mount; a box's disk 
 its deletion and its keeping. Not in charge of: what an image is (`images`), the ioctls (`btrfs`).
 
 A box's disk is a subvolume `boxes/<slot>` and a member of a quota group of its own, `1/<number of the slot>`. The limit
-lies on the group: whatever is ever made inside the disk counts too. A disk that was kept lies in `boxes-kept/`, under
-`<slot>.<time of its keeping>`.
+lies on the group: whatever is ever made inside the disk counts too, and the image's bytes do not. On kernels without
+simple quotas (before 6.7) the limit lies on what the subvolume alone holds, in its own group `0/<its id>`. A disk that
+was kept lies in `boxes-kept/`, under `<slot>.<time of its keeping>`.
 """
 
 from __future__ import annotations
@@ -166,26 +167,30 @@ def make_disk(cfg: HostConfig, slot: str, image: str, disk_bytes: int) -> None:
     size, free = space(cfg)
     if free < size * _FULL_BELOW:
         raise Refused("no_space", f"the pool has {free} of {size} bytes free, less than {_FULL_BELOW:.0%}")
+    simple = btrfs.quota_kind(cfg.pool) == "simple"
     with _space_errors(cfg):
-        with contextlib.suppress(FileExistsError):
-            btrfs.create_qgroup(cfg.pool, group)
-        btrfs.limit_qgroup(cfg.pool, group, disk_bytes)
+        if simple:
+            with contextlib.suppress(FileExistsError):
+                btrfs.create_qgroup(cfg.pool, group)
+            btrfs.limit_qgroup(cfg.pool, group, disk_bytes)
         try:
-            btrfs.clone(cfg.image_path(image), cfg.disks, slot, group=group)
+            btrfs.clone(cfg.image_path(image), cfg.disks, slot, group=group if simple else None)
         except FileNotFoundError:
             raise Refused("unknown_image", f"this host has no image {image}") from None
-        except FileExistsError:
-            pass
+        if not simple:
+            limit_disk(cfg, slot, disk_bytes)
 
 
 def limit_disk(cfg: HostConfig, slot: str, disk_bytes: int) -> None:
     """Write another limit. Below what is held already it stops further writing only. Raises OSError."""
-    btrfs.limit_qgroup(cfg.pool, group_of(slot), disk_bytes)
+    group, exclusive = _limited(cfg, slot, cfg.disk(slot))
+    btrfs.limit_qgroup(cfg.pool, group, disk_bytes, exclusive=exclusive)
 
 
 def disk_usage(cfg: HostConfig, slot: str) -> tuple[int, int | None]:
     """(bytes held beyond the image, limit). Raises FileNotFoundError when there is no such disk."""
-    return btrfs.qgroup_usage(cfg.pool, group_of(slot))
+    group, exclusive = _limited(cfg, slot, cfg.disk(slot))
+    return btrfs.qgroup_usage(cfg.pool, group, exclusive=exclusive)
 
 
 def delete_disk(cfg: HostConfig, slot: str) -> None:
@@ -222,10 +227,12 @@ def drop_idle_groups(cfg: HostConfig) -> int:
     for slot in [*recorded, *os.listdir(cfg.disks), *(slot for _, slot, _ in kept(cfg))]:
         with contextlib.suppress(ValueError):
             in_use.add(group_of(slot))
+    idle = [group for group in btrfs.quota_groups(cfg.pool, 1) if group not in in_use]
+    # The kernel has removed a deleted subvolume's own group by itself only since it has simple quotas.
+    own = (group for group in btrfs.quota_groups(cfg.pool, 0) if group >= btrfs.FIRST_SUBVOLUME)
+    idle += [group for group in own if not btrfs.subvolume_exists(cfg.pool, group)]
     removed = 0
-    for group in btrfs.level_1_groups(cfg.pool):
-        if group in in_use:
-            continue
+    for group in idle:
         try:
             btrfs.remove_qgroup(cfg.pool, group)
             removed += 1
@@ -241,7 +248,8 @@ def _delete(cfg: HostConfig, folder: str, name: str, slot: str) -> None:
         return
     # At its limit a group has no room for the bookkeeping of a deletion either (EDQUOT).
     with contextlib.suppress(OSError):
-        btrfs.limit_qgroup(cfg.pool, group_of(slot), None)
+        group, exclusive = _limited(cfg, slot, path)
+        btrfs.limit_qgroup(cfg.pool, group, None, exclusive=exclusive)
     try:
         btrfs.delete_subvolume(folder, name)
     except FileNotFoundError:
@@ -255,6 +263,13 @@ def _delete(cfg: HostConfig, folder: str, name: str, slot: str) -> None:
         btrfs.delete_subvolume(folder, name)
     with contextlib.suppress(OSError):  # busy, most often: drop_idle_groups comes again
         btrfs.remove_qgroup(cfg.pool, group_of(slot))
+
+
+def _limited(cfg: HostConfig, slot: str, path: str) -> tuple[int, bool]:
+    """The quota group that carries the disk's limit, and whether the limit is on its exclusive bytes."""
+    if btrfs.quota_kind(cfg.pool) == "full":
+        return btrfs.subvolume_id(path), True
+    return group_of(slot), False
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The network of boxes: a namespace and a routed veth each, no bridge.
 
-In charge of: the gateway address and kernel settings of the machine, the wiring of a box, resolvers. Not in charge of:
+In charge of: the gateway address and the kernel settings of the machine, the wiring of a box, resolvers. Not in charge of:
 what a box may reach (`firewall`).
 
 A box has one address (/32), a route to the gateway, a default route through it and a permanent neighbour; the machine
@@ -30,7 +30,11 @@ from hostd.netlink import (
     route_message,
 )
 
-_MACHINE_SETTINGS = {"net/ipv4/ip_forward": "1"}
+# Name -> the least value boxes need.
+_MACHINE_SETTINGS = {
+    "net/ipv4/ip_forward": 1,
+    "kernel/pid_max": 4_194_304,  # the default of 32,768 is spent by 64 boxes of 512 processes
+}
 _BOX_SETTINGS = (
     ("net/ipv6/conf/all/disable_ipv6", b"1"),
     ("net/ipv6/conf/default/disable_ipv6", b"1"),
@@ -45,11 +49,12 @@ def machine_up(cfg: HostConfig) -> None:
     """Gateway address and forwarding. What was there before is noted once, for :func:`machine_down`. Repeatable.
     Raises OSError."""
     was = _read_was(cfg)
-    for name, value in _MACHINE_SETTINGS.items():
-        was.setdefault(name, _sysctl(name))
+    for name, least in _MACHINE_SETTINGS.items():
+        value = _sysctl(name)
+        was.setdefault(name, value)
         write_file(cfg.sysctls_was, json.dumps(was).encode())  # before the change: a kill between leaves it noted
-        if _sysctl(name) != value:
-            _set_sysctl(name, value.encode())
+        if int(value) < least:
+            _set_sysctl(name, b"%d" % least)
     with Netlink() as netlink:
         netlink.add_address(netlink.index("lo"), cfg.gateway, 32)
 
@@ -81,7 +86,7 @@ def is_machine_up(cfg: HostConfig) -> bool:
             probe.bind((cfg.gateway, 0))
         except OSError:
             return False
-    return all(_sysctl(name) == value for name, value in _MACHINE_SETTINGS.items())
+    return all(int(_sysctl(name)) >= least for name, least in _MACHINE_SETTINGS.items())
 
 
 def wire(cfg: HostConfig, n: int) -> int:

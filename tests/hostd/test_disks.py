@@ -52,7 +52,7 @@ def test_a_disk_made_and_deleted_twice(trial: Trial) -> None:
     disks.delete_disk(cfg, SLOT)
     assert not disks.has_disk(cfg, SLOT)
     deadline = time.monotonic() + 60
-    while disks.group_of(SLOT) in btrfs.level_1_groups(cfg.pool):
+    while disks.group_of(SLOT) in btrfs.quota_groups(cfg.pool, 1):
         assert time.monotonic() < deadline, "the quota group of a deleted disk stays"
         btrfs.sync(cfg.pool)
         disks.drop_idle_groups(cfg)
@@ -83,10 +83,10 @@ def test_a_group_about_to_be_used_is_not_dropped(trial: Trial) -> None:
     slot = slots.new_slot(cfg, cfg.image, 1 << 20)
     btrfs.create_qgroup(cfg.pool, disks.group_of(slot.slot))
     disks.drop_idle_groups(cfg)
-    assert disks.group_of(slot.slot) in btrfs.level_1_groups(cfg.pool)
+    assert disks.group_of(slot.slot) in btrfs.quota_groups(cfg.pool, 1)
     slots.forget(cfg, slot.slot)
     assert disks.drop_idle_groups(cfg) >= 1
-    assert disks.group_of(slot.slot) not in btrfs.level_1_groups(cfg.pool)
+    assert disks.group_of(slot.slot) not in btrfs.quota_groups(cfg.pool, 1)
 
 
 @pytest.mark.live
@@ -105,6 +105,41 @@ def test_quota_is_simple_where_the_kernel_has_it(trial: Trial) -> None:
     release = os.uname().release.split(".")
     modern = (int(release[0]), int(release[1])) >= (6, 7)
     assert btrfs.quota_kind(trial.cfg.pool) == ("simple" if modern else "full")
+
+
+@pytest.mark.live
+def test_limits_hold_without_simple_quotas(trial: Trial, tmp_path: Path) -> None:
+    """As on a kernel before 6.7: ordinary quota groups, in a pool of its own."""
+    cfg = config.from_dict({**trial.cfg.as_dict(), "root": str(tmp_path), "pool_bytes": None})
+    for folder in (cfg.pool, cfg.slots):
+        os.mkdir(folder)
+    file = str(tmp_path / "pool.img")
+    with open(file, "wb") as image:
+        image.truncate(1 << 30)
+    disks.run("mkfs.btrfs", "-q", file)
+    disks.run("mount", "-o", "loop", file, cfg.pool)
+    try:
+        btrfs.enable_full_quota(cfg.pool)
+        assert disks.prepare_pool(cfg) == "full"
+        btrfs.create_subvolume(cfg.images, "img_0123456789ab")
+        Path(cfg.image_path("img_0123456789ab"), "big").write_bytes(os.urandom(40 << 20))
+        btrfs.sync(cfg.pool)
+        for _ in range(2):
+            disks.make_disk(cfg, SLOT, "img_0123456789ab", 24 << 20)
+        with pytest.raises(OSError, match="quota"):
+            with open(f"{cfg.disk(SLOT)}/f", "wb") as growing:
+                for _ in range(64):
+                    growing.write(os.urandom(1 << 20))
+                    growing.flush()
+                    os.fsync(growing.fileno())
+        held, limit = disks.disk_usage(cfg, SLOT)
+        assert limit == 24 << 20
+        assert 16 << 20 < held <= 25 << 20  # the image's forty are not counted
+        disks.delete_disk(cfg, SLOT)
+        disks.delete_disk(cfg, SLOT)
+        disks.drop_idle_groups(cfg)
+    finally:
+        disks.run("umount", cfg.pool)
 
 
 @pytest.mark.live

@@ -37,6 +37,7 @@ def in_a_network_of_its_own(action: Callable[[], None]) -> None:
         status = 1
         try:
             syscalls.unshare(syscalls.CLONE_NEWNET)
+            network._MACHINE_SETTINGS = {FORWARD: 1}  # the others belong to the whole machine
             network._set_sysctl(FORWARD, b"0")
             action()
             status = 0
@@ -153,7 +154,7 @@ def test_settings_are_noted_once_and_put_back(tmp_path: Path, monkeypatch: pytes
             netlink.set_up(netlink.index("lo"))
         assert network.is_machine_up(cfg)
         assert network._sysctl(FORWARD) == "1"
-        assert json.loads(Path(cfg.sysctls_was).read_text()) == {FORWARD: "0"}
+        assert json.loads(Path(cfg.sysctls_was).read_text())[FORWARD] == "0"
         network.machine_down(cfg)
         network.machine_down(cfg)
         assert network._sysctl(FORWARD) == "0"
