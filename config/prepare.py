@@ -14,10 +14,20 @@ import secrets
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 #: The account that ``make up`` makes for the person at this machine, its key, and the operator of the admin.
 ACCOUNT, KEY, OPERATOR = "local", "make up", "operator"
+
+#: The name of this machine among the VM hosts.
+HOST = "local"
+
+#: How long the shut down devboxes may take together, in seconds.
+END_WITHIN = 60.0
+
+#: How long this machine's hostd may take to answer after a start, in seconds.
+WAKE_WITHIN = 60.0
 
 
 def say(text: str) -> None:
@@ -45,7 +55,7 @@ def database(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _account(key_sha256: str | None) -> dict[str, Any]:
-    from accounts.models import Account, ApiKey
+    from accounts.models import Account, ApiKey, Member
     from accounts.services import create_account, create_key, create_member
 
     account = Account.objects.filter(name=ACCOUNT).order_by("created_at").first()
@@ -59,7 +69,7 @@ def _account(key_sha256: str | None) -> dict[str, Any]:
     )
     if alive and alive.exists():
         return facts
-    member = account.members.order_by("created_at").first()
+    member = Member.objects.filter(account=account).order_by("created_at").first()
     row, secret = create_key(account.pk, KEY, member=member.pk if member else None)
     say(f"API key {row.prefix}… made")
     return facts | {"api_key": secret}
@@ -68,7 +78,7 @@ def _account(key_sha256: str | None) -> dict[str, Any]:
 def _operator(known: bool) -> dict[str, Any]:
     from django.contrib.auth import get_user_model
 
-    users = get_user_model().objects
+    users: Any = get_user_model().objects
     operator = users.filter(username=OPERATOR).first()
     if operator is not None and known:
         return {"admin_user": OPERATOR}
@@ -83,8 +93,80 @@ def _operator(known: bool) -> dict[str, Any]:
     return {"admin_user": OPERATOR, "admin_password": password}
 
 
+def host(options: argparse.Namespace) -> dict[str, Any]:
+    """This machine as VM host: enrolled over the loopback sshd like any other, or woken when it is one already."""
+    from hosts.models import Host, HostState
+
+    row = Host.objects.filter(name=HOST).exclude(state=HostState.RETIRED).first()
+    if row is not None and row.state == HostState.READY:
+        return _wake(row.pk, options.port)
+    from django.conf import settings
+
+    from hosts.services import EnrolmentFailed, Wanted, enrol
+
+    expected = Path(f"{options.host_key_file}.pub").read_text().split()[:2]
+    wanted = Wanted(
+        name=HOST,
+        address="127.0.0.1",
+        port=options.port,
+        admin_key=Path(options.key_file).read_text(),
+        root=options.root,
+        pool_gb=options.pool_gb,
+        warm=settings.BERTH.warm,
+    )
+    try:
+        enrolled = enrol(wanted, accept_key=lambda key, _: key.split()[:2] == expected, progress=say)
+    except EnrolmentFailed as failure:
+        sys.exit(f"enrolling this machine: {failure}")
+    return {"host_id": enrolled.pk}
+
+
+def _wake(host_id: str, port: int) -> dict[str, Any]:
+    """Have hostd answer: the first call that finds it dead starts it, with this checkout's code."""
+    from hosts import links
+    from hosts.client import HostUnreachable, client_for
+    from hosts.models import Host
+
+    if Host.objects.filter(pk=host_id).exclude(port=port).update(port=port):
+        links.forget(host_id)
+    deadline = time.monotonic() + WAKE_WITHIN
+    while True:
+        try:
+            client_for(host_id).hello()
+            return {"host_id": host_id}
+        except HostUnreachable as error:
+            if time.monotonic() > deadline:
+                sys.exit(f"this machine's hostd does not answer within {WAKE_WITHIN:g} s: {error.reason}")
+            time.sleep(0.3)
+
+
+def end_devboxes(options: argparse.Namespace) -> dict[str, Any]:
+    """Shut down every devbox of this machine and wait until nothing of them is left; the workers do it."""
+    from django.db.models import Q
+
+    from devboxes.models import Devbox
+    from devboxes.services import request_shutdown
+    from hosts.models import Host, HostState
+
+    here = Q(host__name=HOST)
+    if not Host.objects.filter(state=HostState.READY).exclude(name=HOST).exists():
+        here |= Q(host=None)  # those that wait for a place: nobody else could give them one
+    ended = 0
+    for devbox_id in Devbox.objects.filter(here, ended_at=None).values_list("pk", flat=True):
+        ended += request_shutdown(devbox_id, why="the machine that it ran on was stopped")
+    left = Devbox.objects.filter(here, completed_at=None)
+    deadline = time.monotonic() + END_WITHIN
+    while (count := left.count()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if count:
+        say(f"{count} devboxes were not taken apart within {END_WITHIN:g} s; their processes are ended all the same")
+    return {"ended": ended, "left": count}
+
+
 VERBS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "database": database,
+    "host": host,
+    "end_devboxes": end_devboxes,
 }
 
 
@@ -101,6 +183,7 @@ def main() -> None:
     parser.add_argument("--admin-known", action="store_true", help="the state folder holds the operator's password")
     parser.add_argument("--port", type=int, help="where the loopback sshd listens")
     parser.add_argument("--key-file", help="the private key that enrols this machine")
+    parser.add_argument("--host-key-file", help="the loopback sshd's own key: the one to find there")
     parser.add_argument("--root", help="the host's folder, when not the usual one")
     parser.add_argument("--pool-gb", type=int, help="size of the pool of disks, when not the usual one")
     options = parser.parse_args()

@@ -23,7 +23,20 @@ _WEB = (
 
 ROLES: Mapping[str, tuple[str, ...]] = {
     "web": _WEB,
-    "worker": ("python", "-m", "celery", "-A", "config", "worker", "-Q", ",".join(QUEUES), "--loglevel", "INFO"),
+    "worker": (
+        "python",
+        "-m",
+        "celery",
+        "-A",
+        "config",
+        "worker",
+        "-Q",
+        ",".join(QUEUES),
+        "--without-mingle",
+        "--without-gossip",
+        "--loglevel",
+        "INFO",
+    ),
     # The schedule is in memory: every entry is a short interval, and a file would be one more thing to lose or to
     # share.
     "beat": ("python", "-m", "celery", "-A", "config", "beat", "-S", "celery.beat.Scheduler", "--loglevel", "INFO"),

@@ -379,6 +379,12 @@ Subsystem sftp internal-sftp
 Match User root
     AuthorizedKeysFile {keys}
     AllowTcpForwarding no
+Match User berth-link-*
+    AllowTcpForwarding local
+    AllowStreamLocalForwarding local
+    PermitListen none
+    PermitTTY no
+    MaxSessions 0
 """
     path = home / "sshd_config"
     State._write(path, config, 0o600)

@@ -63,7 +63,11 @@ class Marks:
 def find(marks: Marks) -> list[str]:
     """Every trace of it on this machine, in words; empty when there is none."""
     found = [f"process {line}" for line in _processes(marks)]
-    found += [f"user {entry.pw_name}" for entry in pwd.getpwall() if entry.pw_name == marks.user]
+    found += [
+        f"user {entry.pw_name}"
+        for entry in pwd.getpwall()
+        if entry.pw_name == marks.user or entry.pw_dir.startswith(f"{marks.state}/")
+    ]
     found += [f"mount {line}" for line in Path("/proc/self/mountinfo").read_text().splitlines() if marks.state in line]
     found += [f"socket {line}" for line in Path("/proc/net/unix").read_text().splitlines() if marks.state in line]
     if Path(marks.state).exists():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pwd
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,9 @@ def uninstall(state: State, say: Progress) -> list[str]:
         raise StateError(f"{state.path} is not a folder of Berth's; nothing was removed")
     stop(state, say)
     _host(state, say)
-    for user in [name for name in (traces.get("user"), *traces.get("link_users", [])) if name]:
+    # The login that hosts are reached by has its home below the folder; the servers' user is on the list.
+    below = [entry.pw_name for entry in pwd.getpwall() if entry.pw_dir.startswith(f"{state.path}/")]
+    for user in [*below, *filter(None, [traces.get("user")])]:
         _remove_user(user, say)
     if traces.get("run_sshd") and not _running("sshd"):
         with contextlib.suppress(OSError):

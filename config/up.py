@@ -39,7 +39,16 @@ class Options:
 
     #: Make a devbox and run a command in it after the first start.
     first_devbox: bool = True
+    #: The size of the pool of disks; None: most of what is free.
     pool_gb: int | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, str]) -> Options:
+        """What a person asked for.  Raises StateError for a size that is none."""
+        size = given.get("BERTH_POOL_GB")
+        if size is not None and not (size.isdigit() and int(size) >= 1):
+            raise StateError(f"BERTH_POOL_GB must be a whole number of GiB, not {size!r}")
+        return cls(pool_gb=int(size) if size else None)
 
 
 class Installation:
@@ -112,16 +121,20 @@ class Installation:
             for name, argv in roles.ROLES.items()
         ]
 
-    def prepare(self, verb: str, *arguments: str, within: float) -> dict[str, Any]:
-        """Run a step that needs Django; it prints its facts as one JSON line at its end."""
+    def prepare(self, verb: str, *arguments: str, within: float, needs_services: bool = True) -> dict[str, Any]:
+        """Run a step that needs Django, as root, since it reads the keys; prints its facts as one JSON line at its
+        end."""
         argv = [sys.executable, "-m", "config.prepare", verb, *arguments]
-        lines = self.supervisor.run_step(verb, argv, self.role_env(), within, self.roles_user, CHECKOUT)
+        lines = self.supervisor.run_step(
+            verb, argv, self.role_env(), within, cwd=CHECKOUT, needs_services=needs_services
+        )
         facts: dict[str, Any] = json.loads(lines[-1])
         return facts
 
     def _host_arguments(self) -> Sequence[str]:
         port, key = servers.sshd_port(self.state), servers.admin_key_file(self.state)
         arguments = ["--port", str(port), "--key-file", str(key), "--root", str(host_root(self.state))]
+        arguments += ["--host-key-file", str(self.state.path / "sshd" / "host_key")]
         if self.options.pool_gb is not None:
             arguments += ["--pool-gb", str(self.options.pool_gb)]
         return arguments
@@ -148,7 +161,7 @@ class Installation:
         if self._hosts_may_run:
             self.supervisor.stop(["web", "beat"])
             try:
-                ended = self.prepare("end_devboxes", within=90.0)["ended"]
+                ended = self.prepare("end_devboxes", within=90.0, needs_services=False)["ended"]
                 self.say(f"devboxes     {ended} ended" if ended != 1 else "devboxes     1 ended")
             except (StepFailed, StateError) as failure:
                 self.say(f"devboxes     could not be ended in order: {failure}")
@@ -232,7 +245,7 @@ def main() -> int:
         state = State.from_environment()
         state.create()
         with state.locked():
-            return run(Installation(state, given, Options(), say))
+            return run(Installation(state, given, Options.of(given), say))
     except StateError as error:
         if (facts := first.running(State.from_environment())) is not None:
             say("already running; nothing was changed")
@@ -245,7 +258,7 @@ def main() -> int:
 def run(installation: Installation) -> int:
     """``main`` for a held lock; also what the throwaway installations run."""
     say = installation.say
-    with _interrupts() as ignore_further:
+    with interrupts() as ignore_further:
         code = 0
         try:
             facts = installation.start()
@@ -269,7 +282,7 @@ def run(installation: Installation) -> int:
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], None]]:
+def interrupts() -> Iterator[Callable[[], None]]:
     """SIGTERM and SIGHUP interrupt as Ctrl-C does; once stopping, further ones only say so."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -1,0 +1,171 @@
+"""Drives an installation with the published Python SDK, through every operation there is so far.
+
+Runs in the SDK's own environment, not in Berth's, so it imports nothing of ours: ``python config/proof.py URL KEY``.
+Prints what it did with times; the exit status is the number of operations that went wrong (at most 100).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import runloop_api_client
+from runloop_api_client import Runloop
+
+Check = Callable[[], None]
+
+
+class Proof:
+    """Runs checks one after another; a failed one is told and does not stop the rest."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+
+    def check(self, name: str, work: Check) -> None:
+        began = time.monotonic()
+        try:
+            work()
+            verdict = "ok"
+        except Exception as error:
+            self.failed += 1
+            verdict = f"FAILED  {type(error).__name__}: {str(error)[:400]}"
+        sys.stdout.write(f"# {name:<58} {1000 * (time.monotonic() - began):8.1f} ms  {verdict}\n")
+        sys.stdout.flush()
+
+
+def expect(found: object, wanted: object) -> None:
+    if found != wanted:
+        raise AssertionError(f"found {found!r}, wanted {wanted!r}")
+
+
+def refused(status: int, work: Callable[[], object]) -> None:
+    try:
+        work()
+    except runloop_api_client.APIStatusError as error:
+        expect(error.status_code, status)
+    else:
+        raise AssertionError(f"was not refused with {status}")
+
+
+def prove(url: str, key: str) -> int:
+    client = Runloop(base_url=url, bearer_token=key, max_retries=1)
+    devboxes, executions = client.devboxes, client.devboxes.executions
+    proof = Proof()
+    check = proof.check
+    boxes: dict[str, str] = {}
+
+    def create() -> None:
+        box = devboxes.create_and_await_running(
+            name="proof",
+            metadata={"made-by": "proof", "run": "1"},
+            environment_variables={"GREETING": "good day"},
+            file_mounts={"/home/user/note.txt": "kept"},
+            launch_parameters={
+                "launch_commands": ["echo launched > /tmp/launched"],
+                "resource_size_request": "X_SMALL",
+                "keep_alive_time_seconds": 600,
+            },
+        )
+        expect(box.status, "running")
+        boxes["main"] = box.id
+
+    check("create_and_await_running", create)
+    if "main" not in boxes:
+        sys.stdout.write("# without a devbox nothing else can be tried\n")
+        return proof.failed
+    main = boxes["main"]
+
+    def output(command: str, stdout: str, stderr: str = "", status: int = 0) -> None:
+        done = devboxes.execute_sync(main, command=command)
+        expect((done.stdout, done.stderr, done.exit_status), (stdout, stderr, status))
+
+    def view() -> None:
+        box = devboxes.retrieve(main)
+        expect((box.name, box.status, (box.metadata or {})["made-by"]), ("proof", "running", "proof"))
+        expect([move.status for move in box.state_transitions or []], ["provisioning", "initializing", "running"])
+
+    def listing() -> None:
+        expect(next(iter(devboxes.list(status="running", limit=1))).id, main)
+
+    def update() -> None:
+        expect(devboxes.update(main, name="renamed").name, "renamed")
+        expect(devboxes.retrieve(main).name, "renamed")
+
+    def execute() -> None:
+        done = devboxes.execute(main, command="echo at once; exit 5", command_id="proof-1", optimistic_timeout=10)
+        expect((done.status, done.stdout, done.exit_status), ("completed", "at once\n", 5))
+        again = devboxes.execute(main, command="echo at once; exit 5", command_id="proof-1", optimistic_timeout=10)
+        expect(again.execution_id, done.execution_id)
+
+    def execute_async() -> None:
+        begun = devboxes.execute_async(main, command="sleep 0.3; echo later")
+        done = executions.await_completed(begun.execution_id, devbox_id=main)
+        expect((done.status, done.stdout), ("completed", "later\n"))
+        expect(executions.retrieve(begun.execution_id, devbox_id=main).stdout, "later\n")
+
+    def streamed() -> None:
+        begun = devboxes.execute_async(main, command="for i in 1 2 3; do echo line $i; sleep 0.1; done; echo odd >&2")
+        with executions.stream_stdout_updates(begun.execution_id, devbox_id=main) as stream:
+            expect("".join(part.output for part in stream), "line 1\nline 2\nline 3\n")
+        with executions.stream_stderr_updates(begun.execution_id, devbox_id=main) as stream:
+            expect("".join(part.output for part in stream), "odd\n")
+
+    def killed() -> None:
+        begun = devboxes.execute_async(main, command="sleep 300")
+        executions.kill(begun.execution_id, devbox_id=main)
+        done = executions.await_completed(begun.execution_id, devbox_id=main)
+        expect(done.status, "completed")
+        if done.exit_status not in (137, 143):
+            raise AssertionError(f"exit status {done.exit_status}")
+
+    def big() -> None:
+        begun = devboxes.execute_async(main, command="seq 1 400000")
+        with executions.stream_stdout_updates(begun.execution_id, devbox_id=main) as stream:
+            lines = "".join(part.output for part in stream).splitlines()
+        expect((len(lines), lines[-1]), (400_000, "400000"))
+
+    def background() -> None:
+        output("python3 -m http.server 8123 >/dev/null 2>&1 & sleep 0.7; echo started", "started\n")
+        output("curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8123/", "200")
+
+    def without_key() -> None:
+        stranger = Runloop(base_url=url, bearer_token=key[:-1] + "_", max_retries=0)
+        refused(401, lambda: stranger.devboxes.retrieve(main))
+
+    def shutdown() -> None:
+        expect(devboxes.shutdown(main).status, "shutdown")
+        expect(devboxes.shutdown(main).status, "shutdown")
+        expect(devboxes.retrieve(main).shutdown_reason, "api_shutdown")
+
+    check("retrieve", view)
+    check("list", listing)
+    check("update", update)
+    check("keep_alive", lambda: expect(devboxes.keep_alive(main) is not None, True))
+    check(
+        "execute_sync: output, errors, exit status",
+        lambda: output("echo out; echo err >&2; exit 3", "out\n", "err\n", 3),
+    )
+    check(
+        "execute_sync: user, home, environment",
+        lambda: output('echo "$(whoami) $PWD $GREETING"', "user /home/user good day\n"),
+    )
+    check("execute_sync: mounts and launch commands", lambda: output("cat note.txt /tmp/launched", "keptlaunched\n"))
+    check("execute_sync: root by sudo", lambda: output("sudo id -u", "0\n"))
+    check("execute: hold, exit status, command_id", execute)
+    check("execute_async, wait_for_status, retrieve", execute_async)
+    check("stream_stdout_updates, stream_stderr_updates", streamed)
+    check("stream of 2.6 MB", big)
+    check("kill", killed)
+    check("background server", background)
+    check("wrong key: 401", without_key)
+    check(
+        "unknown execution: 404", lambda: refused(404, lambda: executions.retrieve("exe_" + "0" * 26, devbox_id=main))
+    )
+    check("field not built: 400", lambda: refused(400, lambda: devboxes.create(snapshot_id="snp_" + "0" * 26)))
+    check("shutdown, twice", shutdown)
+    return proof.failed
+
+
+if __name__ == "__main__":
+    sys.exit(min(100, prove(sys.argv[1], sys.argv[2])))
