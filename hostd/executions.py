@@ -131,11 +131,13 @@ class Executions:
         spawner: SpawnerLink,
         settings: Settings,
         oom_kills: Callable[[], int],
+        ending: Callable[[], bool],
         park: Callable[[dict[str, Any], list[int]], None],
         announce: Callable[[Execution], None],
     ) -> None:
         self._poller, self._directory, self._journal, self._spawner = poller, directory, journal, spawner
-        self._settings, self._oom_kills, self._park, self._announce = settings, oom_kills, park, announce
+        self._settings, self._oom_kills, self._ending = settings, oom_kills, ending
+        self._park, self._announce = park, announce
         self._bucket = Bucket(settings.rate, settings.burst)
         self.known: dict[str, Execution] = {}
         self.by_pid: dict[int, Execution] = {}
@@ -412,7 +414,7 @@ class Executions:
                     "kind": "oom",
                     "detail": f"{kills} processes of the box were killed for lack of memory meanwhile",
                 }
-            if self.box_gone:
+            if self.box_gone or self._ending():
                 return {"kind": "killed", "detail": "the box stopped"}
         if execution.killed and code == 128 + execution.killed:
             return {"kind": "killed", "detail": f"signal {execution.killed} by request"}

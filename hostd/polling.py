@@ -40,7 +40,7 @@ class Poller:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._calls: dict[int, Callable[[int], None]] = {}
+        self._calls: dict[int, Callable[[int], object]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._counter = 0
 
@@ -48,7 +48,7 @@ class Poller:
         """Return the epoll descriptor (to be closed in a forked child)."""
         return self._epoll.fileno()
 
-    def on(self, descriptor: int, call: Callable[[int], None], events: int = READ) -> None:
+    def on(self, descriptor: int, call: Callable[[int], object], events: int = READ) -> None:
         """Call `call(events)` whenever `descriptor` is ready. Level-triggered; a hang-up always counts as ready."""
         self._calls[descriptor] = call
         self._epoll.register(descriptor, events)
@@ -91,7 +91,7 @@ class Poller:
             self.turn()
 
     @staticmethod
-    def _guarded(call: Callable[..., None], *arguments: int) -> None:
+    def _guarded(call: Callable[..., object], *arguments: int) -> None:
         try:
             call(*arguments)
         except Exception as error:

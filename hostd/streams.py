@@ -33,6 +33,7 @@ PUNCH_BYTES = 16 << 20
 """The middle is freed in pieces of this size: a hole costs the file system some milliseconds."""
 FULL_RETRY_S = 1.0
 PAUSE_S = 0.05
+PAUSE_BYTES = 65536
 
 
 class Bucket:
@@ -171,8 +172,9 @@ class Stream:
 
     def _readable(self, events: int) -> None:
         allowed = self._bucket.tokens()
-        if allowed < 1:
-            self._pause(max(PAUSE_S, min(1.0, (PAUSE_S * self._bucket.rate - allowed) / self._bucket.rate)))
+        worthwhile = min(PAUSE_BYTES, self._bucket.rate * PAUSE_S)
+        if allowed < worthwhile:  # a few bytes at a time would cost more than they are worth
+            self._pause(max(PAUSE_S, min(1.0, (worthwhile - allowed) / self._bucket.rate)))
             return
         moved = self._move(min(SPLICE_BYTES, int(allowed)))
         if moved is None:

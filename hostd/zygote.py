@@ -158,9 +158,11 @@ class Zygote:
 
     def _restart(self, conn: _socket.socket, message: dict[str, Any], descriptors: list[int]) -> dict[str, Any] | None:
         slot = self._slot(message)
+        while self._read_keeper(slot):
+            pass
         if slot.alive and self._is_dead(slot):
             self._died(slot)
-        if slot.alive:
+        if slot.alive and slot.link is not None:
             return self._where(slot)
         slot.waiting.append((conn, time.monotonic() + CLEAR_DEADLINE_S))
         return None
@@ -196,8 +198,7 @@ class Zygote:
             poll = select.poll()
             poll.register(slot.pidfd, select.POLLIN)
             poll.poll(FORGET_WAIT_MS)
-        if slot.link is not None:
-            self.poller.off(slot.link.fileno())
+        self._unlink(slot)
         if slot.pidfd >= 0:
             self.poller.off(slot.pidfd)
         slot.close()
@@ -224,19 +225,21 @@ class Zygote:
 
     def _watch(self, slot: Slot, link: _socket.socket) -> None:
         slot.link = link
-        self.poller.on(link.fileno(), lambda _: self._on_keeper(slot))
+        self.poller.on(link.fileno(), lambda _: self._read_keeper(slot))
         if not slot.ours:
             self.poller.on(slot.pidfd, lambda _: self._died(slot))
 
-    def _on_keeper(self, slot: Slot) -> None:
-        if not self._read_keeper(slot) and slot.link is not None:
-            # It has closed the link: it is dying. Its death is taken up when it can be waited for.
+    def _unlink(self, slot: Slot) -> None:
+        if slot.link is not None:
             self.poller.off(slot.link.fileno())
             slot.link.close()
             slot.link = None
 
     def _read_keeper(self, slot: Slot) -> bool:
-        """Take one message; False when there is none (any more)."""
+        """Take one message; False when there is none (any more). Closes the link when it is at its end.
+
+        A keeper closes its link a moment before its death can be waited for: then it is dying, not alive.
+        """
         if slot.link is None:
             return False
         try:
@@ -247,6 +250,7 @@ class Zygote:
         except OSError as error:
             return error.errno == errno.EINTR
         if message is None:
+            self._unlink(slot)
             return False
         try:
             self._take(slot, message, descriptors)
@@ -372,10 +376,7 @@ class Zygote:
         """The keeper is dead: read what it still said, then clear up behind it."""
         while self._read_keeper(slot):
             pass
-        if slot.link is not None:
-            self.poller.off(slot.link.fileno())
-            slot.link.close()
-            slot.link = None
+        self._unlink(slot)
         self.poller.off(slot.pidfd)
         slot.alive = False
         now = time.monotonic()

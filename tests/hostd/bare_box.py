@@ -1,7 +1,7 @@
 """A box without an OCI runtime, and a stand-in for hostd before its keeper.
 
-The box is a process that owns nothing but namespaces, made by the keeper's uid like a real one, on the machine's own root
-directory; with v1 cgroups where the machine has them. Enough for the zygote, the keeper and the spawner to be
+The box is a process that owns nothing but namespaces, made by the keeper's uid like a real one, on the machine's own
+root directory; with v1 cgroups where the machine has them. Enough for the zygote, the keeper and the spawner to be
 themselves; what needs a real box (disk, network, filter) is tested with one.
 """
 
@@ -87,12 +87,12 @@ class BareBox:
             self.init_pid = int(file.read().split()[0])
         for end in (ready_read, mapped_write, pid_read):
             os.close(end)
-
-    def _make(self, ready: int, mapped: int, told: int) -> None:
         for _, kind, path in self.cgroups:
             if kind == "b":
                 with open(f"{path}/cgroup.procs", "w") as file:
-                    file.write("0")
+                    file.write(str(self.init_pid))
+
+    def _make(self, ready: int, mapped: int, told: int) -> None:
         os.setgroups([])
         os.setresgid(self.uid, self.uid, self.uid)
         os.setresuid(self.uid, self.uid, self.uid)
@@ -103,8 +103,10 @@ class BareBox:
         os.setresgid(0, 0, 0)
         os.setresuid(0, 0, 0)
         check(libc.mount(None, b"/", None, 0x4000 | 0x80000, None))  # MS_REC | MS_SLAVE
-        if os.fork():
-            signal.pause()
+        init = os.fork()
+        if init:
+            os.waitpid(init, 0)
+            os._exit(0)
         libc.prctl(1, 9, 0, 0, 0)
         check(libc.mount(b"proc", b"/proc", b"proc", 0, None))
         check(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, b"mode=1777,size=200m"))
@@ -139,12 +141,13 @@ class BareBox:
         with contextlib.suppress(OSError):
             os.kill(self.init_pid, signal.SIGKILL)
         with contextlib.suppress(OSError):
-            os.kill(self.maker, signal.SIGKILL)
-            os.waitpid(self.maker, 0)
+            os.waitpid(self.maker, 0)  # it waits for the init
         for _, _, path in self.cgroups:
             for _ in range(200):
                 try:
                     os.rmdir(path)
+                    break
+                except FileNotFoundError:
                     break
                 except OSError:
                     time.sleep(0.01)
@@ -186,12 +189,23 @@ class Box:
     """A bare box with its keeper, and what a client of it does."""
 
     def __init__(
-        self, host: Host, n: int, *, name: str | None = "dbx_test", memory_bytes: int = 256 << 20, **spec: Any
+        self,
+        host: Host,
+        n: int,
+        *,
+        name: str | None = "dbx_test",
+        memory_bytes: int = 256 << 20,
+        out_mount: str = "",
+        **spec: Any,
     ):
         self.host, self.bare, self.name = host, BareBox(n, memory_bytes), name
         self.slot = f"s{n}"
         self.out = f"{host.config.root}/out-{n}"
         os.mkdir(self.out, 0o700)
+        self.mounted = bool(out_mount)
+        if out_mount:
+            run_in_machine("mount", "-t", "tmpfs", "-o", out_mount, "tmpfs", self.out)
+            os.chmod(self.out, 0o700)
         os.chown(self.out, self.bare.uid, self.bare.uid)
         self.spec = keeper_spec.KeeperSpec(
             slot=self.slot, box=name, uid=self.bare.uid, uid_base=self.bare.base, init_pid=self.bare.init_pid, **spec
@@ -225,6 +239,10 @@ class Box:
 
     def kill_keeper(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
+        self.link.settimeout(5)
+        with contextlib.suppress(ConnectionError):
+            while self.link.recv(1 << 18):
+                pass
         self.restart()
 
     def open(self, **request: Any) -> Client:
@@ -285,7 +303,7 @@ class Box:
     def ack(self, *names: str) -> None:
         packets.send(self.link, {"ack": list(names)})
 
-    def file(self, name: str, number: int = 1) -> bytes:
+    def file(self, name: str, number: int | str = 1) -> bytes:
         try:
             with open(f"{self.out}/{name}.{number}", "rb") as file:
                 return file.read()
@@ -308,6 +326,9 @@ class Box:
             if keeper_start(self.pid) == self.start:
                 os.kill(self.pid, signal.SIGKILL)
         self.bare.close()
+        if self.mounted:
+            run_in_machine("umount", "-l", self.out)
+            self.mounted = False
 
 
 class Client:
