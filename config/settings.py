@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from typing import Any
+from urllib.parse import urlsplit
 
 import django_stubs_ext
 import psycopg.conninfo
@@ -74,7 +75,11 @@ INSECURE_KEY = "insecure: set BERTH_SECRET_KEY"
 SECRET_KEY = env.text("BERTH_SECRET_KEY", INSECURE_KEY)
 SEAL_KEYS = env.words("BERTH_SEAL_KEYS")
 DEBUG = False
-ALLOWED_HOSTS = env.words("BERTH_ALLOWED_HOSTS", ("localhost", "127.0.0.1", "[::1]"))
+# The names the admin and the docs page answer to; the API answers to any. The addresses we were told are among them.
+ALLOWED_HOSTS = [
+    *env.words("BERTH_ALLOWED_HOSTS", ("localhost", "127.0.0.1", "[::1]")),
+    *(host for host in (BERTH.bind.rpartition(":")[0], urlsplit(BERTH.public_url).hostname) if host),
+]
 
 DATABASE_URL = env.text("DATABASE_URL", "postgresql:///berth")
 REDIS_URL = env.text("REDIS_URL", "redis://127.0.0.1:6379/0")
@@ -231,6 +236,9 @@ LOGGING: dict[str, Any] = {
     "loggers": {
         "paramiko": {"level": "WARNING"},
         "botocore": {"level": "WARNING"},
+        # Two lines for every task cost a third of a short command's time; the rows tell what was done.
+        "celery.worker.strategy": {"level": "WARNING"},
+        "celery.app.trace": {"level": "WARNING"},
         # Answers below 500 are the client's business; a 404 scan must not fill the log.
         "django.request": {"level": "ERROR"},
     },

@@ -26,6 +26,8 @@ def pytest_configure() -> None:
         django_settings.SECRET_KEY = "for tests only, and long enough to be one"
     if not django_settings.BERTH.cluster:
         django_settings.BERTH = dataclasses.replace(django_settings.BERTH, cluster=str(uuid.uuid4()))
+    # Real hashing of passwords is slow on purpose.
+    django_settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
     # Whoever does not ask for a Redis gets one that refuses at once.
     django_settings.REDIS_URL = "redis://127.0.0.1:1/0"
 

@@ -189,3 +189,26 @@ def test_the_commands(web, tmp_path):
             run(*wrong)
     with pytest.raises(CommandError, match="--secret-file"):
         run("create_key", account, secret_file=str(file))
+
+
+def test_rotating_the_seals(alice, settings):
+    from accounts.sealing import SealBroken, new_seal_key, seal, unseal
+    from devboxes import states
+    from devboxes.models import Devbox
+
+    old, new = new_seal_key(), new_seal_key()
+    settings.SEAL_KEYS = [old]
+    size = {"cpu_millis": 1000, "memory_mb": 1024, "disk_mb": 1024, "keep_alive_seconds": 60}
+    for number, secret in enumerate((b"", seal({"TOKEN": "x"}), None)):
+        Devbox.objects.create(
+            id=f"dbx_{number}", account_id=alice.account_id, step=states.PLACE, environment_sealed=secret, **size
+        )
+    settings.SEAL_KEYS = [new, old]
+    assert run("rotate_seals") == "1 secrets resealed"
+    settings.SEAL_KEYS = [new]
+    assert unseal(Devbox.objects.get(pk="dbx_1").environment_sealed) == {"TOKEN": "x"}
+    settings.SEAL_KEYS = [new_seal_key()]
+    with pytest.raises(CommandError, match="dbx_1"):
+        run("rotate_seals")
+    with pytest.raises(SealBroken):
+        unseal(Devbox.objects.get(pk="dbx_1").environment_sealed)
