@@ -93,3 +93,13 @@ class Host(Durable):
 
     def __str__(self) -> str:
         return f"{self.name} ({self.id})"
+
+
+class WatcherReplica(models.Model):
+    """A watcher that runs: how many there are decides how many hosts each may hold."""
+
+    id = models.TextField(primary_key=True)
+    until = models.DateTimeField()
+
+    def __str__(self) -> str:
+        return self.id

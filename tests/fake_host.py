@@ -27,6 +27,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from django.conf import settings
+
 from hostd import messages
 from hosts.client import ReadResult
 from hosts.delivery import deliver
@@ -123,11 +125,13 @@ class FakeHost:
         self.shipped: dict[str, bytes] = {}
         self.digest = "0" * 64
         self.boot_id = "boot-1"
+        self.cluster = settings.BERTH.cluster
         self.warm = 0
         self._failures: dict[str, list[_Failure]] = collections.defaultdict(list)
         self._scripts: dict[str, dict[str, Any]] = {}
         self._buried: dict[str, set[str]] = collections.defaultdict(set)
         self._slot = 0
+        self.watching: list[FakeWatching] = []
 
     # --- scripting ---
 
@@ -223,7 +227,7 @@ class FakeHost:
         return {
             "protocol": messages.PROTOCOL,
             "digest": self.digest,
-            "cluster": "00000000-0000-0000-0000-000000000000",
+            "cluster": self.cluster,
             "host": self.host_id,
             "install": 0,
             "boot_id": self.boot_id,
@@ -320,6 +324,10 @@ class FakeHost:
         if digest not in self.shipped:
             raise HostRefused("bad_request", "that bundle was not shipped", host_id=self.host_id)
         self.digest = digest
+
+    @_verb
+    def watch(self) -> FakeWatching:
+        return FakeWatching(self)
 
     # --- a box's verbs ---
 
@@ -527,6 +535,45 @@ class FakeFollowing:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+
+class FakeWatching:
+    """An event channel: what is unacknowledged first, then what comes; a heartbeat when there is nothing."""
+
+    def __init__(self, host: FakeHost) -> None:
+        self.host = host
+        self.told: set[tuple[str, str]] = set()
+        self.mute = False
+        self.closed = False
+        host.watching.append(self)
+
+    def events(self, timeout: float) -> list[dict[str, Any]]:
+        if self.closed or self.host.unreachable:
+            raise HostUnreachable(self.host.host_id, "the event channel was cut")
+        if self.mute:
+            time.sleep(min(timeout, 0.05))
+            return []
+        with self.host.lock:
+            fresh = [event for pair, event in self.host.unacked.items() if pair not in self.told]
+            self.told.update(self.host.unacked)
+        if fresh:
+            return fresh
+        time.sleep(0.01)
+        return [{"event": "heartbeat", "monotonic": time.monotonic()}]
+
+    def ack(self, pairs: Sequence[tuple[str, str]]) -> None:
+        with self.host.lock:
+            for pair in pairs:
+                self.host._acknowledge(*pair)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def __enter__(self) -> FakeWatching:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

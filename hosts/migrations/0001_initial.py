@@ -72,6 +72,13 @@ class Migration(migrations.Migration):
                 'constraints': [models.UniqueConstraint(condition=models.Q(('state', 'retired'), _negated=True), fields=('name',), name='host_name_once'), models.CheckConstraint(condition=models.Q(('used_cpu_millis__gte', 0), ('used_memory_mb__gte', 0), ('used_disk_mb__gte', 0)), name='host_promises_not_negative')],
             },
         ),
+        migrations.CreateModel(
+            name='WatcherReplica',
+            fields=[
+                ('id', models.TextField(primary_key=True, serialize=False)),
+                ('until', models.DateTimeField()),
+            ],
+        ),
         # Claim, settle and heartbeats touch no indexed column but wake_at; room on the page keeps them off the index.
         migrations.RunSQL("ALTER TABLE hosts_host SET (fillfactor = 70)", migrations.RunSQL.noop),
     ]

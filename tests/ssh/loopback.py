@@ -35,7 +35,9 @@ def free_port() -> int:
 class Sshd:
     """One sshd. `options`: lines of sshd_config; `key_options`: what stands before the key in authorized_keys."""
 
-    def __init__(self, folder: pathlib.Path, user: str, *, options: str = "", key_options: str = "") -> None:
+    def __init__(
+        self, folder: pathlib.Path, user: str, *, options: str = "", key_options: str = "", homes: bool = False
+    ) -> None:
         self.folder = folder
         self.user = user
         self.port = free_port()
@@ -45,13 +47,18 @@ class Sshd:
         self.new_host_key()
         (folder / "authorized_keys").write_text(f"{key_options} {public}\n".lstrip())
         (folder / "authorized_keys").chmod(0o644)
+        # With `homes`, users have keys of their own too, as on a host; the admin's stays in our folder.
+        if homes:
+            (folder / "admin").mkdir(exist_ok=True)
+            (folder / "admin" / user).write_text((folder / "authorized_keys").read_text())
+        keys = f".ssh/authorized_keys {folder}/admin/%u" if homes else f"{folder}/authorized_keys"
         (folder / "config").write_text(
             f"""
 Port {self.port}
 ListenAddress 127.0.0.1
 HostKey {folder}/host_key
 PidFile none
-AuthorizedKeysFile {folder}/authorized_keys
+AuthorizedKeysFile {keys}
 StrictModes no
 UsePAM no
 PasswordAuthentication no
