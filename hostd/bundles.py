@@ -7,6 +7,7 @@ steps around it (`boxes`).
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -225,6 +226,7 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
+@functools.cache
 def boot_id() -> str:
     """Names this run of the machine."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:

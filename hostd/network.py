@@ -1,7 +1,7 @@
 """The network of boxes: a namespace and a routed veth each, no bridge.
 
-In charge of: the gateway address and the kernel settings of the machine, the wiring of a box, resolvers. Not in charge of:
-what a box may reach (`firewall`).
+In charge of: the gateway address and the kernel settings of the machine, the wiring of a box, resolvers. Not in charge
+of: what a box may reach (`firewall`).
 
 A box has one address (/32), a route to the gateway, a default route through it and a permanent neighbour; the machine
 has a route to the box. No two boxes share a link, so there is nothing to spoof or overhear. A box's namespace is pinned
