@@ -51,7 +51,7 @@ def test_missing_packages_are_installed_and_told(monkeypatch: pytest.MonkeyPatch
         return subprocess.CompletedProcess(argv, 0, "", "")
 
     monkeypatch.setattr(setup, "PACKAGES", {"there": "/bin/sh", "gone": "/no/such/file"})
-    monkeypatch.setattr(setup.subprocess, "run", fake)
+    monkeypatch.setattr(subprocess, "run", fake)
     setup.install_packages(said.append)
     assert said == [{"step": "packages", "installing": ["gone"]}]
     assert [argv[1] for argv in ran] == ["install", "update", "install"]
@@ -61,7 +61,7 @@ def test_missing_packages_are_installed_and_told(monkeypatch: pytest.MonkeyPatch
 def test_packages_that_cannot_be_installed_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "PACKAGES", {"gone": "/no/such/file"})
     monkeypatch.setattr(
-        setup.subprocess, "run", lambda argv, **_: subprocess.CompletedProcess(argv, 100, "", "E: no such package")
+        subprocess, "run", lambda argv, **_: subprocess.CompletedProcess(argv, 100, "", "E: no such package")
     )
     with pytest.raises(Exception, match="no such package"):
         setup.install_packages(lambda _: None)
