@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 from django.conf import settings as django_settings
 
@@ -111,10 +110,10 @@ class Party:
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.secret}"}
 
-    def get(self, path: str, **rest: Any) -> httpx.Response:
+    def get(self, path: str, **rest: Any) -> Any:
         return self.web.get(path, key=self.secret, **rest)
 
-    def post(self, path: str, json: Any = None, **rest: Any) -> httpx.Response:
+    def post(self, path: str, json: Any = None, **rest: Any) -> Any:
         return self.web.post(path, json=json, key=self.secret, **rest)
 
 

@@ -99,7 +99,7 @@ asgi.routes = Routes(
 )
 
 
-class Echo(AsyncWebsocketConsumer):
+class Echo(AsyncWebsocketConsumer):  # type: ignore[misc]  # channels brings no types
     async def connect(self) -> None:
         if self.scope["query_string"] == b"no":
             await websockets.refuse(self.base_send, 403, "forbidden", "not you")

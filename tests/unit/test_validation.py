@@ -65,7 +65,7 @@ class Outer(StrictSerializer):
     seconds = SecondsField(required=False, most=30)
     cores = NumberField(required=False, least=0.5)
     inner = Inner(required=False)
-    many = Inner(required=False, many=True)
+    several = Inner(required=False, many=True)
     metadata = MetadataField(required=False)
 
 
@@ -82,7 +82,7 @@ def test_what_is_accepted_is_kept_as_it_was():
         "seconds": 6.9,
         "cores": 2,
         "inner": {"count": 5},
-        "many": [{}, {"count": None}],
+        "several": [{}, {"count": None}],
     }
     assert checked(**data) == data
     assert checked(seconds=1e9) == {"seconds": 30}
@@ -95,7 +95,7 @@ def test_what_is_accepted_is_kept_as_it_was():
     [
         ({"nmae": "x"}, "nmae: unknown field"),
         ({"inner": {"x": 1}}, "inner.x: unknown field"),
-        ({"many": [{}, {"y": 1}]}, "many[1].y: unknown field"),
+        ({"several": [{}, {"y": 1}]}, "several[1].y: unknown field"),
         ({"name": 5}, "name: "),
         ({"name": "123456"}, "name: "),
         ({"name": None}, "name: "),
