@@ -18,7 +18,7 @@ import signal
 from collections.abc import Callable, Iterator
 
 from hostd import syscalls
-from hostd.config import UIDS_PER_BOX, HostConfig
+from hostd.config import UIDS_PER_BOX, HostConfig, installs_on_machine
 
 _UNIFIED = "/sys/fs/cgroup/unified"
 _INSIDE = "inside"
@@ -123,7 +123,7 @@ def _make(cfg: HostConfig) -> None:
     syscalls.mount(folder, folder, None, syscalls.MS_BIND)
     syscalls.mount(None, folder, None, syscalls.MS_PRIVATE)
     os.close(os.open(cfg.namespace_pin, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    child, words = _child(lambda: _furnish(folder))
+    child, words = _child(lambda: _furnish(cfg, folder))
     try:
         if words:
             raise OSError(1, f"no mount namespace: {words}")
@@ -133,14 +133,32 @@ def _make(cfg: HostConfig) -> None:
         os.waitpid(child, 0)
 
 
-def _furnish(folder: str) -> None:
+def _furnish(cfg: HostConfig, folder: str) -> None:
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+    _leave_others(cfg)
     if os.path.ismount(_UNIFIED):
         syscalls.unmount(_UNIFIED)
     # The pin cannot be seen from inside; this mark can.
     syscalls.mount("none", folder, "tmpfs", syscalls.MS_NOEXEC, "size=4k,mode=700")
     os.close(os.open(f"{folder}/{_INSIDE}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def _leave_others(cfg: HostConfig) -> None:
+    """Unmount here what other installs of the machine have mounted: a copy would keep their pools busy for as long as
+    we live."""
+    folders = [
+        f"{folder}/"
+        for install, root in installs_on_machine().items()
+        if install != cfg.install
+        for folder in (root, f"/run/berth-{install}")
+    ]
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        points = [line.split()[4] for line in file]
+    for point in reversed(points):
+        if point.startswith(tuple(folders)):
+            with contextlib.suppress(OSError):
+                syscalls.unmount(point)
 
 
 def _child(action: Callable[[], None]) -> tuple[int, str]:
