@@ -19,8 +19,8 @@ import asyncio
 import collections
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Final
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any, Final, cast
 
 import orjson
 
@@ -103,26 +103,27 @@ class Updates:
 
 async def _events(
     read: Callable[[], ExecutionView], view: ExecutionView, stream: Stream, offset: int
-) -> Any:  # an AsyncGenerator[bytes, None]
+) -> AsyncGenerator[bytes, None]:
     cutter = TextCutter(offset)
     position = offset
     yield COMMENT  # the head goes out with it, however long the first byte takes
     try:
-        async for found_bytes in _with_heartbeats(_follow(read, view, stream, offset)):
-            if found_bytes is None:
-                yield COMMENT
-                continue
-            start, data = found_bytes
-            if start > position:
-                before = cutter.finish()
-                marker = f"\n[{start - position} bytes of output were not kept]\n"
-                yield _update(Piece((before.text if before else "") + marker, start))
-                cutter = TextCutter(start)
-            position = start + len(data)
-            for at in range(0, len(data), EVENT_BYTES):
-                found = cutter.feed(data[at : at + EVENT_BYTES])
-                if found is not None:
-                    yield _update(found)
+        async with contextlib.aclosing(_with_heartbeats(_follow(read, view, stream, offset))) as pieces:
+            async for found_bytes in pieces:
+                if found_bytes is None:
+                    yield COMMENT
+                    continue
+                start, data = found_bytes
+                if start > position:
+                    before = cutter.finish()
+                    marker = f"\n[{start - position} bytes of output were not kept]\n"
+                    yield _update(Piece((before.text if before else "") + marker, start))
+                    cutter = TextCutter(start)
+                position = start + len(data)
+                for at in range(0, len(data), EVENT_BYTES):
+                    found = cutter.feed(data[at : at + EVENT_BYTES])
+                    if found is not None:
+                        yield _update(found)
         last = cutter.finish()
         if last is not None:
             yield _update(last)
@@ -146,7 +147,9 @@ def _error(code: int, message: str) -> bytes:
     return b"event: error\ndata: " + orjson.dumps({"code": code, "message": message}) + b"\n\n"
 
 
-async def _with_heartbeats(source: Any) -> AsyncIterator[tuple[int, bytes] | None]:
+async def _with_heartbeats(
+    source: AsyncGenerator[tuple[int, bytes], None],
+) -> AsyncGenerator[tuple[int, bytes] | None, None]:
     """What `source` yields, None whenever it has been silent for HEARTBEAT_SECONDS.
 
     Raises Interrupted when the server is being stopped.
@@ -157,19 +160,21 @@ async def _with_heartbeats(source: Any) -> AsyncIterator[tuple[int, bytes] | Non
         while True:
             if upcoming is None:
                 upcoming = asyncio.ensure_future(anext(source))
-            await asyncio.wait({upcoming, stopping}, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if upcoming.done():
-                try:
-                    found = upcoming.result()
-                except StopAsyncIteration:
-                    return
-                finally:
-                    upcoming = None
-                yield found
-            elif stopping.done():
+            both: set[asyncio.Future[Any]] = {upcoming, stopping}
+            await asyncio.wait(both, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done():
+                # Also while there is always more: what has arrived and was not sent comes again from the last offset.
                 raise Interrupted("the server is being restarted; the stream goes on from the last offset")
-            else:
+            if not upcoming.done():
                 yield None
+                continue
+            try:
+                found = upcoming.result()
+            except StopAsyncIteration:
+                return
+            finally:
+                upcoming = None
+            yield found
     finally:
         stopping.cancel()
         if upcoming is not None:
@@ -181,7 +186,7 @@ async def _with_heartbeats(source: Any) -> AsyncIterator[tuple[int, bytes] | Non
 
 async def _follow(
     read: Callable[[], ExecutionView], view: ExecutionView, stream: Stream, offset: int
-) -> Any:  # an AsyncGenerator[tuple[int, bytes], None]
+) -> AsyncGenerator[tuple[int, bytes], None]:
     """The raw bytes from `offset` to the end of the output, each piece with where it begins.
 
     Raises Interrupted, OutputLost, and what `read` raises.
@@ -199,6 +204,8 @@ async def _follow(
                 if view.status == Status.QUEUED:
                     await changed.wait(hub.reread_after())
                 elif view.completed and view.kept == Kept.NOWHERE:
+                    if 0 < view.size(stream) <= position:
+                        return
                     raise OutputLost(f"the output of execution {view.id} was lost: {endings.why(view.reason)}")
                 elif view.completed and view.kept != Kept.HOST:
                     while True:
@@ -212,8 +219,10 @@ async def _follow(
                     following = async_client_for(view.host_id).follow(
                         box=view.devbox_id, id=view.id, stream=stream, offset=position
                     )
-                    async with following:
-                        async for data in following:
+                    # Its iterator is a generator that holds a place among the host's streams until it is closed.
+                    chunks = cast(AsyncGenerator[bytes, None], aiter(following))
+                    async with following, contextlib.aclosing(chunks) as arriving:
+                        async for data in arriving:
                             start = position if began or following.start is None else following.start
                             began = True
                             position = start + len(data)

@@ -270,6 +270,39 @@ def test_a_server_that_stops_says_408(world, alice, monkeypatch):
     assert (events.text, events.error["code"]) == ("begin", 408)
 
 
+def test_a_server_that_stops_ends_a_stream_that_never_pauses(world, alice, monkeypatch):
+    monkeypatch.setattr(streams, "EVENT_BYTES", 100)
+    execution_id = completed(world, alice, b"x" * 60_000)
+    stopping = GoingDown()
+    monkeypatch.setattr(streams, "going_down", stopping)
+    monkeypatch.setattr(streams, "PIECE_BYTES", 100)
+
+    async def scenario():
+        stream = Streaming(alice, url(world, execution_id))
+        await stream.until(lambda events: len(events.updates) > 5)
+        stopping.begin()
+        return await stream.end()
+
+    events = run(world, scenario())
+    assert events.error["code"] == 408
+    assert events.offset == len(events.text) < 60_000
+
+
+def test_a_client_that_leaves_a_busy_stream_leaves_nothing_behind(world, alice, monkeypatch):
+    monkeypatch.setattr(streams, "PIECE_BYTES", 10)
+    execution_id = completed(world, alice, b"x" * 60_000)
+
+    async def scenario():
+        stream = Streaming(alice, url(world, execution_id))
+        await stream.until(lambda events: len(events.updates) > 5)
+        await stream.leave()
+        await asyncio.sleep(0.02)
+        return [task for task in asyncio.all_tasks() if "anext" in repr(task) or "GoingDown" in repr(task)]
+
+    assert run(world, scenario()) == []
+    assert not streams._open
+
+
 def test_a_client_that_leaves_frees_its_place(world, alice, settings):
     settings.BERTH = dataclasses.replace(settings.BERTH, CAP_STREAMS=1)
     execution_id = world.started(alice)
