@@ -91,13 +91,12 @@ def _label(path: str) -> str:
 
 def mount_pool(cfg: HostConfig) -> None:
     """Mount the pool; call it in the machine's own mount namespace. Repeatable. Raises Refused internal, OSError."""
-    os.makedirs(cfg.pool, mode=0o711, exist_ok=True)
+    os.makedirs(cfg.pool, mode=0o700, exist_ok=True)
     if is_pool_mounted(cfg):
         return
     device = cfg.pool_device or attach_loop(cfg.pool_file)
-    syscalls.mount(device, cfg.pool, "btrfs", syscalls.MS_NOATIME, OPTIONS)
-    # Every folder above a box's root must be passable for its (unprivileged) root.
-    os.chmod(cfg.pool, 0o711)
+    # Set-uid files in the pool are made by tenants; on the machine itself they must be worth nothing.
+    syscalls.mount(device, cfg.pool, "btrfs", syscalls.MS_NOATIME | syscalls.MS_NOSUID, OPTIONS)
 
 
 def prepare_pool(cfg: HostConfig) -> str:
@@ -111,8 +110,9 @@ def prepare_pool(cfg: HostConfig) -> str:
                 raise
             btrfs.enable_full_quota(cfg.pool)
         kind = btrfs.quota_kind(cfg.pool)
+    os.chmod(cfg.pool, 0o700)  # the machine's own users have no business in it
     for folder in (cfg.images, cfg.disks, cfg.kept_disks):
-        os.makedirs(folder, mode=0o711, exist_ok=True)
+        os.makedirs(folder, mode=0o700, exist_ok=True)
     return kind
 
 

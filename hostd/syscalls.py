@@ -104,11 +104,15 @@ def unmount_all(target: str) -> None:
     raise OSError(16, "more than 64 mounts are stacked here", target)
 
 
-def mount_idmapped(source: str, target: str, user_namespace: int, attributes: int = MOUNT_ATTR_NODEV) -> None:
-    """Show ``source`` at ``target``, owners shifted as ``user_namespace`` (a descriptor) maps them. Raises OSError."""
+def mount_idmapped(source: str, target: str, user_namespace: int) -> None:
+    """Show ``source`` at ``target``, owners shifted as ``user_namespace`` (a descriptor) maps them: without device
+    files, and with set-uid programs even where the file system is mounted without. Raises OSError."""
     tree = _call(_OPEN_TREE, _AT_FDCWD, ctypes.c_char_p(source.encode()), _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC)
     try:
-        wanted = ctypes.create_string_buffer(struct.pack("=QQQQ", MOUNT_ATTR_IDMAP | attributes, 0, 0, user_namespace))
+        attributes = struct.pack(
+            "=QQQQ", MOUNT_ATTR_IDMAP | MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, 0, user_namespace
+        )
+        wanted = ctypes.create_string_buffer(attributes)
         _call(_MOUNT_SETATTR, tree, ctypes.c_char_p(b""), _AT_EMPTY_PATH, wanted, 32)
         _call(
             _MOVE_MOUNT,

@@ -86,6 +86,12 @@ def test_a_given_path_survives_a_login_shell(trial: Trial, box: Made) -> None:
     assert trial.run(box, "PATH=/mine:$PATH bash -lc 'echo $PATH'").stdout.startswith("/mine:")
 
 
+def test_a_boxs_setuid_files_are_worth_nothing_on_the_machine(trial: Trial, box: Made) -> None:
+    assert os.statvfs(trial.cfg.pool).f_flag & os.ST_NOSUID
+    assert stat.S_IMODE(os.stat(trial.cfg.pool).st_mode) == 0o700
+    assert trial.run(box, "sudo true").returncode == 0  # inside they work
+
+
 def test_init_outlives_a_massacre_by_root(trial: Trial, box: Made) -> None:
     trial.run(box, "sleep 100 & sleep 0.1; sudo kill -9 -1")
     assert boxes.find_made(trial.cfg, box.slot) is not None

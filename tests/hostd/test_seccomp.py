@@ -31,9 +31,9 @@ def run_filter(program: bytes, number: int, *arguments: int, arch: int = X86_64)
         operation, yes, no, k = code[at]
         at += 1
         if operation == 0x20:  # ld [k]
-            a = struct.unpack_from("=I", data, k)[0]
+            a = int(struct.unpack_from("=I", data, k)[0])
         elif operation == 0x06:  # ret k
-            return k
+            return int(k)
         elif operation == 0x05:  # ja
             at += k
         elif operation == 0x54:  # and
