@@ -18,8 +18,10 @@ from typing import TypeVar
 
 import redis.asyncio
 from django.conf import settings
+from django.db import InterfaceError, OperationalError
 
 from api.bodies import ClientGone
+from api.errors import Unavailable
 from api.stopping import going_down
 from api.threads import in_database
 
@@ -28,6 +30,7 @@ log = logging.getLogger("api.waiting")
 T = TypeVar("T")
 
 REREAD_WITHOUT_REDIS = 2.0
+REREAD_WITHOUT_DATABASE = 0.5
 REREAD_WITH_REDIS = 15.0
 PING_AFTER = 2.0
 PINGS = 2
@@ -161,14 +164,21 @@ class Hub:
     ) -> T:
         """Read, in a database thread, until ``done`` or until ``deadline`` (the loop's time); the last value.
 
-        The caller tells the two apart by asking ``done`` again. Raises ClientGone once ``gone`` is done, and whatever
-        ``read`` raises. The row is read at least once, and once more at the deadline. A process that is going down
-        ends every wait early.
+        The caller tells the two apart by asking ``done`` again. The row is read at least once, and once more at the
+        deadline. A process that is going down ends every wait early. Raises ClientGone once ``gone`` is done, and
+        whatever ``read`` raises, but for a broken database connection, which is tried again until the deadline.
         """
         loop = asyncio.get_running_loop()
         async with self.watch(name) as changed:
             while True:
-                value = await in_database(read)
+                try:
+                    value = await in_database(read)
+                except (OperationalError, InterfaceError) as error:
+                    # PostgreSQL may be restarting: nobody has to hear of it who was going to wait anyway.
+                    if loop.time() + REREAD_WITHOUT_DATABASE >= deadline or going_down.is_set():
+                        raise Unavailable("the database is not answering; try again shortly") from error
+                    await asyncio.sleep(REREAD_WITHOUT_DATABASE)
+                    continue
                 left = deadline - loop.time()
                 if done(value) or left <= 0 or going_down.is_set():
                     return value

@@ -17,6 +17,7 @@ import django
 
 django.setup(set_prefix=False)
 
+from django.conf import settings
 from django.urls import get_resolver
 
 from api.asynchronous import Routes, serve
@@ -31,6 +32,12 @@ log = logging.getLogger("config.asgi")
 
 if refused := [problem for problem in checks.problems() if problem.is_serious()]:
     raise SystemExit("\n".join(f"not serving: {problem.msg}" for problem in refused))
+
+# A request that waits longer than this for PostgreSQL would only hold its thread; migrations may take what they need.
+_options = settings.DATABASES["default"]["OPTIONS"]
+_options["options"] = (
+    f"{_options.get('options', '')} -c statement_timeout=20s -c idle_in_transaction_session_timeout=30s"
+)
 
 stopping.listen_for_stop()
 bridge = Bridge()

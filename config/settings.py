@@ -104,6 +104,11 @@ def _database(url: str) -> dict[str, Any]:
         "CONN_MAX_AGE": None,
         "OPTIONS": {
             "connect_timeout": 5,
+            # A server that vanished is noticed within half a minute, whoever is waiting for it.
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 20_000,
             # Django's own cursors bind on the client and never prepare; this is for api.prepared's.
             "prepare_threshold": 2,
             **parts,

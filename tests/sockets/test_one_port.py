@@ -123,3 +123,23 @@ def test_streams_hear_that_the_server_stops(redis_server, key, tmp_path):
         assert served.process.wait(10) == 0
     finally:
         served.stop()
+
+
+def test_a_restart_of_the_database_is_not_seen(served, key):
+    """Every connection is cut while idle; the next requests connect again and succeed, on the loop and in threads."""
+    from django.db import connection
+
+    with httpx.Client(base_url=served.url, headers=key.headers) as client:
+
+        def everything() -> set[int]:
+            plain = {client.get("/v1/accounts/me").status_code for _ in range(12)}
+            return plain | {client.post("/v1/t/a/echo", content=b"x").status_code for _ in range(12)}
+
+        assert everything() == {200}
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            assert cursor.fetchone()[0] >= 2
+        assert everything() == {200}
