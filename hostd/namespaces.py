@@ -162,12 +162,21 @@ def _leave_others(cfg: HostConfig) -> None:
 
 
 def _child(action: Callable[[], None]) -> tuple[int, str]:
-    """A child that did ``action`` and waits to be killed: its pid, and its error's text if it failed."""
+    """A child that did ``action`` and waits to be killed: its pid, and its error's text if it failed.
+
+    It dies with us, and holds none of our descriptors: a lock among them would outlive a killed maker in it.
+    """
     read, write = os.pipe2(os.O_CLOEXEC)
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
         try:
+            os.closerange(3, write)
+            os.closerange(write + 1, 1 << 20)
             action()
+            syscalls.die_with_parent(signal.SIGKILL)  # only now: a change of uid would undo it
+            if os.getppid() != parent:
+                os._exit(1)
             os.write(write, b"1")
             while True:
                 signal.pause()
