@@ -20,6 +20,7 @@ class ExecutionsConfig(AppConfig):
             registry.HostedKind(
                 on_exits=services.finish_executions,
                 expected_on_host=services.expected_on_host,
+                over=services.over,
                 before_destroy=services.before_destroy,
                 after_destroy=services.after_destroy,
             ),

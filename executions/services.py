@@ -19,7 +19,7 @@ from django.db import InterfaceError, OperationalError, connection
 
 from api import prepared
 from api.callers import Caller
-from api.errors import BadRequest, NotFound, TooManyRequests
+from api.errors import BadRequest, TooManyRequests
 from api.ids import new_id
 from devboxes import selectors as devboxes
 from devboxes.devbox_flow import devbox_flow
@@ -72,8 +72,8 @@ RETURNING id
 _EARLIER: Final = """
 SELECT id, command, command_id, request_key, attach_stdin
   FROM executions_execution
- WHERE devbox_id = %s AND account_id = %s AND (command_id = %s OR request_key = %s)
- LIMIT 2
+ WHERE devbox_id = %s AND account_id = %s AND (command_id = %s OR request_key = %s OR id = %s)
+ LIMIT 3
 """
 
 
@@ -104,10 +104,11 @@ def create_execution(caller: Caller, devbox_id: str, new: NewExecution) -> str:
         touch(devbox_id)
         return execution_id
     # 1. The same request again, or the same command id: it is the same execution, whatever the devbox does by now.
-    if request_key is not None or new.command_id is not None:
-        found = prepared.fetch_all(_EARLIER, (devbox_id, caller.account_id, new.command_id, request_key))
-        if found:
-            return _attach(found, new, request_key)
+    #    (The id itself is found when the statement ran twice, over a connection that broke after the first time.)
+    keys = (new.command_id, request_key, execution_id)
+    found = prepared.fetch_all(_EARLIER, (devbox_id, caller.account_id, *keys))
+    if found:
+        return _attach(found, new, request_key)
     # 2. No devbox of the caller's, or one that does not run.
     context = devboxes.execution_context(caller, devbox_id)
     if context.status != "running":
@@ -138,7 +139,7 @@ def _attach(found: Sequence[tuple[Any, ...]], new: NewExecution, request_key: st
             if not same or command_id != new.command_id:
                 raise BadRequest("x-request-id: this id was used for another request; use a new one")
             return str(execution_id)
-    raise NotFound("there is no such execution")
+    return str(found[0][0])
 
 
 def request_kill(execution_id: str, *, group: bool) -> None:
@@ -222,6 +223,13 @@ def expected_on_host(host_id: str) -> list[ExpectedExecution]:
         (host_id,),
     )
     return [ExpectedExecution(id=row[0], box=row[1], fence=row[2]) for row in rows]
+
+
+def over(ids: Sequence[str]) -> list[str]:
+    """Those of the ids that must not run any more: completed, or never heard of."""
+    rows = _fetch_all("SELECT id FROM executions_execution WHERE id = ANY(%s) AND completed_at IS NULL", (list(ids),))
+    live = {row[0] for row in rows}
+    return [execution_id for execution_id in ids if execution_id not in live]
 
 
 _STOP_ALL: Final = f"""

@@ -411,6 +411,24 @@ def test_only_acknowledged_running_ones_are_expected_on_their_host(create, fake,
     assert row(queued).step == "spawn"
 
 
+def test_what_is_completed_or_unknown_must_not_run(create, fake):
+    queued, running, ended = create(), create(), create()
+    run(running)
+    run(ended)
+    fake.finish(ended)
+    fake.deliver()
+    stranger = new_id("exe")
+    assert services.over([queued, ended, stranger, running]) == [ended, stranger]
+    assert services.over([]) == []
+
+
+def test_an_insert_that_ran_twice_over_a_broken_connection_is_found_by_its_id(create, monkeypatch):
+    ids = iter([new_id("exe")] * 2)
+    monkeypatch.setattr(services, "new_id", lambda prefix: next(ids))
+    assert create() == create()
+    assert Execution.objects.count() == 1
+
+
 def test_a_devbox_on_its_way_down_stops_its_commands_first(create, fake, devbox):
     running, queued, killed = create(), create(), create()
     run(running)
