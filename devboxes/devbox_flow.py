@@ -14,6 +14,7 @@ from devboxes.models import Devbox
 from flows.engine import Flow, Row, Settled
 from flows.outcomes import DatabaseNow, Done, LeaseLost, Next, Outcome, Wait
 from flows.statements import Alongside
+from hostd.messages import Stream
 from hosts import placement, registry
 from hosts.client import HostClient, HostRefused, HostUnreachable, StaleFence, client_for, outputs
 from hosts.models import Host, HostState
@@ -48,6 +49,7 @@ class DevboxRow(Row):
     keep_alive_seconds: int
     end_at: datetime | None
     ended_at: datetime | None
+    started_at: datetime | None
     launch_index: int
     launch_total: int
     failure_reason: str | None
@@ -245,7 +247,8 @@ class DevboxFlow(Flow[DevboxRow]):
 
     def _take_apart(self, row: DevboxRow, end: str, reason: str) -> Outcome:
         # 1. Let the other rooms bring home what they need from the host; 60 s at most.
-        # 2. Have the box destroyed. A host that is lost for good has none: reconcile destroys it, should it return.
+        # 2. Have the box destroyed; of one that was lost while it ran the host keeps the disk for a day. A host that is
+        #    lost itself is not waited for: reconcile destroys the box, should it return.
         # 3. Let the other rooms close what hung on it. 4. Take the promise back, with the end itself.
         if row.host_id is None:
             registry.after_destroy(row.id, reason)
@@ -253,7 +256,7 @@ class DevboxFlow(Flow[DevboxRow]):
         if row.now - row.step_since < BEFORE_DESTROY and not registry.before_destroy(row.id):
             return Wait(BEFORE_DESTROY_AGAIN_SECONDS)
         try:
-            self._host(row).destroy(box=row.id, fence=row.fence)
+            self._host(row).destroy(box=row.id, fence=row.fence, keep_disk=_is_lost(row))
         except HostUnreachable:
             if not host_is_lost(row.host_id):
                 raise
@@ -275,6 +278,10 @@ def host_is_lost(host_id: str) -> bool:
             pk=host_id, state__in=[HostState.READY, HostState.RETIRING, HostState.ENROLLING]
         ).exists()
     )
+
+
+def _is_lost(row: DevboxRow) -> bool:
+    return row.failure_reason == "health_check_failed" and row.started_at is not None
 
 
 def _release(row: DevboxRow) -> Callable[[Any], bool] | None:
@@ -310,11 +317,9 @@ class _Ended:
 
 def _ended(host: HostClient, devbox_id: str, piece: launch.Work, state: Any) -> _Ended:
     """What a finished piece of launch work leaves in the log, and whether the devbox fails by it."""
-    stdout, stderr = outputs(state) or tuple(
-        host.read(
-            box=devbox_id, id=piece.id, stream=stream, offset=0, limit=TAIL_BYTES, last_lines=logs.LINES_KEPT
-        ).data
-        for stream in ("stdout", "stderr")
+    stdout, stderr = outputs(state) or (
+        _tail(host, devbox_id, piece, "stdout"),
+        _tail(host, devbox_id, piece, "stderr"),
     )
     code = state["exit"]
     out, err = logs.readable(stdout, piece.secrets), logs.readable(stderr, piece.secrets)
@@ -337,6 +342,15 @@ def _ended(host: HostClient, devbox_id: str, piece: launch.Work, state: Any) -> 
     if "No space left on device" in err or "Disk quota exceeded" in err:
         return _Ended(entries, ("out_of_disk", f"ended with {code} because the disk is full{tail}"))
     return _Ended(entries, ("execution_failed", f"ended with {code}{tail}"))
+
+
+def _tail(host: HostClient, devbox_id: str, piece: launch.Work, stream: Stream) -> bytes:
+    try:
+        return host.read(
+            box=devbox_id, id=piece.id, stream=stream, offset=0, limit=TAIL_BYTES, last_lines=logs.LINES_KEPT
+        ).data
+    except HostRefused:
+        return b""  # of a command that was lost there may be nothing
 
 
 devbox_flow = DevboxFlow()

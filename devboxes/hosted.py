@@ -12,7 +12,7 @@ from devboxes import launch, logs, states
 from devboxes.devbox_flow import devbox_flow, entering, transition
 from flows.outcomes import DatabaseNow
 from hosts import registry
-from hosts.registry import BoxExitEvent, ExitEvent, ExpectedBox, HostedKind
+from hosts.registry import BoxExitEvent, ExitEvent, ExpectedBox, ExpectedExecution, HostedKind
 
 _NOT_OVER = "ended_at IS NULL"
 
@@ -107,7 +107,20 @@ def expected_on_host(host_id: str) -> Sequence[ExpectedBox]:
         ]
 
 
+def expected_entrypoints(host_id: str) -> Sequence[ExpectedExecution]:
+    """Every entrypoint that the rows say runs on that host. Other launch work is looked after by its flow."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT id, fence FROM devboxes_devbox WHERE host_id = %s AND step = %s AND entrypoint <> ''",
+            [host_id, states.RUNNING],
+        )
+        return [
+            ExpectedExecution(id=launch.work_id(pk, launch.ENTRYPOINT), box=pk, fence=fence)
+            for pk, fence in cursor.fetchall()
+        ]
+
+
 def register() -> None:
     """Answer for boxes (`dbx_`) and launch work (`set_`)."""
     registry.register("dbx", HostedKind(on_box_exits=on_box_exits, expected_on_host=expected_on_host))
-    registry.register("set", HostedKind(on_exits=on_exits))
+    registry.register("set", HostedKind(on_exits=on_exits, expected_on_host=expected_entrypoints))

@@ -14,7 +14,7 @@ from devboxes.devbox_flow import DevboxRow, devbox_flow
 from devboxes.schemas import DevboxCreateParameters
 from flows.engine import registered
 from flows.outcomes import Next, Outcome
-from hosts import registry
+from hosts import delivery, registry
 from hosts.client import HostRefused, use_fake
 from hosts.models import Host
 from tests.devbox_world import lapse, logged, make_host, promised, row, sleep_over, statuses, work
@@ -505,6 +505,17 @@ def test_the_keep_alive_time_ends_the_devbox(caller: Caller, fake: FakeHost) -> 
     assert fake.boxes == {}
 
 
+def test_an_entrypoint_that_its_host_does_not_know_is_lost(caller: Caller, fake: FakeHost) -> None:
+    devbox_id, plain = created_running(caller, entrypoint="serve"), created_running(caller)
+    kind = registry.kind_of("set_x")
+    assert kind is not None
+    (expected,) = kind.expected_on_host(fake.host_id)
+    assert (expected.box, expected.id) == (devbox_id, launch.work_id(devbox_id, launch.ENTRYPOINT))  # type: ignore[union-attr]
+    delivery.deliver_exits([delivery.lost_event(fake.host_id, devbox_id, expected.id, "its box does not know it")])  # type: ignore[union-attr]
+    assert row(devbox_id).why == "its entrypoint was lost: its box does not know it"
+    assert row(plain).status == "running" and list(kind.expected_on_host(fake.host_id)) == []
+
+
 @pytest.mark.parametrize(("oom", "reason"), [(True, "out_of_memory"), (False, "health_check_failed")])
 def test_a_box_that_ends_by_itself_is_a_failure(caller: Caller, fake: FakeHost, oom: bool, reason: str) -> None:
     devbox_id = created_running(caller)
@@ -514,6 +525,7 @@ def test_a_box_that_ends_by_itself_is_a_failure(caller: Caller, fake: FakeHost, 
     assert fake.deliver() == []
     work()
     assert row(devbox_id).step == "failed" and fake.boxes == {}
+    assert fake.kept_disks == (set() if oom else {devbox_id})
 
 
 def test_a_box_that_ends_on_its_way_down_changes_nothing(caller: Caller, fake: FakeHost) -> None:
