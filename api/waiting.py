@@ -1,8 +1,9 @@
 """Long-polls: waiting for a row to change without holding a thread.
 
 One Redis subscription per process feeds a hub of waiters by id. A hint is only a hint: every waiter reads the row
-itself, after it has registered, so no change is missed. While Redis is away waiters re-read every 2 s; when the
-subscription is back all of them read once. With it, a slow re-read remains as a safety net.
+itself, after it has registered, so no change is missed. While Redis is away one query every 2 s asks which of all the
+awaited rows have changed, and wakes those; when the subscription is back everybody reads once. A slow re-read remains
+as a safety net.
 
 The channel carries ids separated by spaces or commas.
 """
@@ -22,6 +23,7 @@ from django.db import InterfaceError, OperationalError
 
 from api.bodies import ClientGone
 from api.errors import Unavailable
+from api.prepared import fetch_all
 from api.stopping import going_down
 from api.threads import in_database
 
@@ -34,6 +36,7 @@ REREAD_WITHOUT_DATABASE = 0.5
 REREAD_WITH_REDIS = 15.0
 PING_AFTER = 2.0
 PINGS = 2
+COMPARED_AT_ONCE = 5000
 
 
 class Watch:
@@ -61,9 +64,14 @@ class Hub:
 
     def __init__(self) -> None:
         self._watches: dict[str, set[Watch]] = {}
+        self._tables: dict[str, str] = {}
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.connected = False
+
+    def register(self, prefix: str, table: str) -> None:
+        """Say in which table the rows of ids with this prefix are, for the times without Redis."""
+        self._tables[f"{prefix}_"] = table
 
     def start(self) -> None:
         """Subscribe, unless that has been done on this loop. The task is kept: a collected one would wake nobody."""
@@ -71,7 +79,7 @@ class Hub:
         if self._task is None or self._task.done() or self._loop is not loop:
             self._loop = loop
             self.connected = False
-            self._task = loop.create_task(self._listen(), name="hints")
+            self._task = loop.create_task(self._run(), name="hints")
 
     async def stop(self) -> None:
         """Unsubscribe and wake everybody, for the last time."""
@@ -81,6 +89,33 @@ class Hub:
                 await self._task
         self._task = None
         self.wake_all()
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen())
+            tasks.create_task(self._compare())
+
+    async def _compare(self) -> None:
+        """Without Redis: ask every 2 s which awaited rows have another version than at the last time."""
+        known: dict[str, str] = {}
+        while True:
+            await asyncio.sleep(REREAD_WITHOUT_REDIS)
+            if self.connected:
+                known.clear()
+                continue
+            fresh: dict[str, str] = {}
+            try:
+                for prefix, table in self._tables.items():
+                    names = [name for name in self._watches if name.startswith(prefix)]
+                    for start in range(0, len(names), COMPARED_AT_ONCE):
+                        fresh |= await in_database(_versions, table, names[start : start + COMPARED_AT_ONCE])
+            except Exception as error:
+                log.warning("awaited rows could not be compared: %s", error)
+                continue
+            for name, version in fresh.items():
+                if known.get(name) != version:  # a row not compared before may have changed since its waiter read it
+                    self.wake(name)
+            known = fresh
 
     async def _listen(self) -> None:
         delay = 0.1
@@ -116,10 +151,11 @@ class Hub:
                 if self.connected or delay == 0.1:
                     log.warning("no hints from Redis, re-reading every %g s instead: %s", REREAD_WITHOUT_REDIS, error)
             finally:
-                self.connected = False
+                lost, self.connected = self.connected, False
                 with contextlib.suppress(Exception):
                     await client.aclose()
-            self.wake_all()  # whoever sleeps for the long interval must change to the short one
+            if lost:  # a hint may have gone with it, and whoever cannot be compared must read more often from now on
+                self.wake_all()
             await asyncio.sleep(delay * random.uniform(0.8, 1.2))  # noqa: S311
             delay = min(delay * 2, 2.0)
 
@@ -149,9 +185,10 @@ class Hub:
                     if not watches:
                         del self._watches[name]
 
-    def reread_after(self) -> float:
-        """How many seconds to sleep before reading without a hint; jittered."""
-        interval = REREAD_WITH_REDIS if self.connected else REREAD_WITHOUT_REDIS
+    def reread_after(self, name: str = "") -> float:
+        """How many seconds to sleep before reading ``name`` without a hint; jittered."""
+        watched = self.connected or any(name.startswith(prefix) for prefix in self._tables)
+        interval = REREAD_WITH_REDIS if watched else REREAD_WITHOUT_REDIS
         return interval * random.uniform(0.85, 1.0)  # noqa: S311
 
     async def wait_until(
@@ -184,7 +221,12 @@ class Hub:
                     return value
                 if gone is not None and gone.done():
                     raise ClientGone
-                await changed.wait(min(left, self.reread_after()))
+                await changed.wait(min(left, self.reread_after(name)))
+
+
+def _versions(table: str, names: list[str]) -> dict[str, str]:
+    """What PostgreSQL calls the version of each row: any update gives it another."""
+    return dict(fetch_all(f"SELECT id, xmin::text FROM {table} WHERE id = ANY(%s)", [names]))
 
 
 hub = Hub()

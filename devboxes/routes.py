@@ -1,10 +1,13 @@
 """Where the operations on devboxes are: plain ones and schemas in `urlpatterns`, those that wait in ASYNC_ROUTES."""
 
 from api.asynchronous import Route
+from api.waiting import hub
 from devboxes import api
 from devboxes.urls import urlpatterns
 
 __all__ = ["ASYNC_ROUTES", "urlpatterns"]
+
+hub.register("dbx", "devboxes_devbox")
 
 ASYNC_ROUTES: list[Route] = [
     Route("POST", "/v1/devboxes/create_and_await_running", api.create_and_await_running, "create_and_await_running"),

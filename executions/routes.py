@@ -3,10 +3,13 @@
 from django.urls import path
 
 from api.asynchronous import Route
+from api.waiting import hub
 from executions import api, schemas
 
 _DEVBOX = "/v1/devboxes/{id}"
 _EXECUTION = "/v1/devboxes/{devbox_id}/executions/{execution_id}"
+
+hub.register("exe", "executions_execution")
 
 ASYNC_ROUTES: list[Route] = [
     Route("POST", f"{_DEVBOX}/execute", api.execute, "execute"),

@@ -151,6 +151,52 @@ def test_without_redis_rows_are_read_again_every_two_seconds(settings):
     run(main())
 
 
+@pytest.mark.django_db(transaction=True)
+def test_without_redis_one_query_finds_what_changed(settings, monkeypatch):
+    """Hundreds of waiters: two queries of the hub, and a read by those whose row has another version."""
+    from accounts.models import Account
+    from accounts.services import create_account
+
+    settings.REDIS_URL = "redis://127.0.0.1:1/0"
+    monkeypatch.setattr(waiting, "REREAD_WITHOUT_REDIS", 0.3)
+    ids = [create_account(f"{n}").pk for n in range(200)]
+    rows = {pk: Row() for pk in ids}
+    compared = []
+    versions = waiting._versions
+    monkeypatch.setattr(
+        waiting, "_versions", lambda table, names: compared.append(len(names)) or versions(table, names)
+    )
+
+    async def main():
+        hub = Hub()
+        hub.register("acc", "accounts_account")
+        waits = [hub.wait_until(pk, rows[pk].read, lambda value: value == 1, after(20)) for pk in ids]
+        tasks = [asyncio.ensure_future(wait) for wait in waits]
+        await asyncio.sleep(1.5)
+        assert compared and set(compared) == {200}
+        reads = [row.reads for row in rows.values()]
+        assert max(reads) <= 2, "the first read, and one after the first comparison"
+        rows[ids[7]].value = 1
+        await asyncio.to_thread(lambda: (Account.objects.filter(pk=ids[7]).update(name="changed"), close()))
+        before = time.monotonic()
+        assert await tasks[7] == 1
+        assert time.monotonic() - before < 1
+        await asyncio.sleep(0.5)
+        assert sum(row.reads for row in rows.values()) == sum(reads) + 1
+        for task in tasks:
+            task.cancel()
+        await hub.stop()
+
+    def close():
+        from django.db import connection
+
+        connection.close()
+
+    run(main())
+    for _ in range(8):  # the pool's threads must let go of the database
+        threads.database_pool().submit(lambda: (close(), time.sleep(0.05)))
+
+
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 def test_redis_goes_and_comes_back(redis_server, redis_url, how, monkeypatch):
     monkeypatch.setattr(waiting, "REREAD_WITH_REDIS", 60.0)
