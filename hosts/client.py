@@ -218,16 +218,18 @@ class HostClient:
     def follow(self, *, box: str, id: str, stream: Stream, offset: int = 0) -> Following:
         """The stream from `offset` until it is complete. No time limit but that of silence on the connection."""
         line = _line("follow", None, {"box": box, "id": id, "stream": stream, "offset": offset})
-        found, inbox, free = self._begin(line, bulk=True)
-        return Following(self.host_id, found, inbox, free)
+        found, inbox, reply, free = self._begin(line, bulk=True)
+        return Following(self.host_id, found, inbox, conversation.offset(reply), free)
 
     def watch(self) -> Watching:
         """The host's event channel; all unacknowledged events come first. Two at once are allowed and get the same."""
-        stream, inbox, free = self._begin(_line("watch", None, {}), bulk=False)
+        stream, inbox, _, free = self._begin(_line("watch", None, {}), bulk=False)
         free()
         return Watching(self.host_id, stream, inbox)
 
-    def _begin(self, line: bytes, *, bulk: bool) -> tuple[ssh.ThreadStream, conversation.Inbox, Callable[[], None]]:
+    def _begin(
+        self, line: bytes, *, bulk: bool
+    ) -> tuple[ssh.ThreadStream, conversation.Inbox, dict[str, Any], Callable[[], None]]:
         slot = self._link.slot(bulk=bulk)
         slot.__enter__()
         deadline = time.monotonic() + ASK_SECONDS
@@ -244,14 +246,14 @@ class HostClient:
                 raise HostUnreachable(self.host_id, str(error)) from error
             except messages.ProtocolError as error:
                 raise HostUnreachable(self.host_id, str(error)) from error
-            conversation.answer(self.host_id, answer)
+            reply = conversation.answer(self.host_id, answer)
             self._link.breaker.worked()
         except BaseException:
             if stream is not None:
                 stream.close()
             slot.__exit__(None, None, None)
             raise
-        return stream, inbox, lambda: _leave(slot)
+        return stream, inbox, reply, lambda: _leave(slot)
 
     def stdin(self, *, box: str, id: str, request: str, eof: bool = False, body: bytes = b"") -> StdinReply:
         """Feed a command; `request` deduplicates."""

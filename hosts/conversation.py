@@ -71,3 +71,9 @@ def body_size(host_id: str, reply: dict[str, Any], limit: int) -> int:
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= limit:
         raise HostUnreachable(host_id, f"it announced a body of {size!r} bytes, the limit is {limit}")
     return size
+
+
+def offset(reply: dict[str, Any]) -> int | None:
+    """Where a followed stream begins, when the reply says so."""
+    found = reply.get("offset")
+    return found if isinstance(found, int) else None

@@ -31,11 +31,19 @@ class Following:
 
     trailer: FollowTrailer | None
     """Set when the stream ended by itself. A cut raises HostUnreachable instead and leaves it None."""
+    start: int | None
+    """Where the first byte is in the stream: behind a dropped middle that was asked for."""
 
     def __init__(
-        self, host_id: str, stream: ssh.ThreadStream, inbox: conversation.Inbox, free: Callable[[], None]
+        self,
+        host_id: str,
+        stream: ssh.ThreadStream,
+        inbox: conversation.Inbox,
+        start: int | None,
+        free: Callable[[], None],
     ) -> None:
         self.host_id = host_id
+        self.start = start
         self.trailer = None
         self._stream = stream
         self._free: Callable[[], None] | None = free
@@ -105,12 +113,9 @@ class AsyncFollowing:
         parser = messages.FrameParser()
         try:
             async with self._link.slot(bulk=True):
-                deadline = time.monotonic() + ASK_SECONDS
-                stream, inbox, reply = await begin(
-                    self._link, self._line, b"", deadline, bulk=True, window=ssh.IDLE_WINDOW
-                )
+                stream, inbox, reply = await self._begin()
                 self._stream = stream
-                self.start = reply.get("offset")
+                self.start = conversation.offset(reply)
                 data = inbox.rest()
                 while True:
                     for piece in parser.feed(data):
@@ -126,16 +131,13 @@ class AsyncFollowing:
         finally:
             await self.aclose()
 
-    async def _begin(self) -> tuple[ssh.LoopStream, conversation.Inbox]:
-        since = time.monotonic()
+    async def _begin(self) -> tuple[ssh.LoopStream, conversation.Inbox, dict[str, Any]]:
+        deadline = time.monotonic() + ASK_SECONDS
         try:
             async with asyncio.timeout(ASK_SECONDS):
-                self._stream, inbox, _ = await begin(
-                    self._link, self._line, b"", since + ASK_SECONDS, bulk=True, window=ssh.IDLE_WINDOW
-                )
+                return await begin(self._link, self._line, b"", deadline, bulk=True, window=ssh.IDLE_WINDOW)
         except TimeoutError:
             raise ssh.TimedOut(f"the host did not answer within {ASK_SECONDS:g} s") from None
-        return self._stream, inbox
 
     async def aclose(self) -> None:
         """Stop following. May be called twice."""

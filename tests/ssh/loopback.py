@@ -126,7 +126,7 @@ MaxStartups 200
         return Login(**(fields | changes))
 
 
-def confined(socket_path: pathlib.Path | str) -> dict[str, str]:
+def confined(socket_path: pathlib.Path | str) -> dict[str, Any]:
     """What a host's sshd and authorized_keys say about our login."""
     permit = f"[{socket_path}]:*"
     return {
