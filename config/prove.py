@@ -5,13 +5,14 @@ Exit status 0 only when every operation did what it should and nothing was left 
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from config import sdk, traces
-from config.state import CHECKOUT, State, StateError, process_environment
+from config.state import CHECKOUT, State, StateError, free_port, process_environment
 from config.supervisor import Progress, StepFailed
 from config.uninstall import uninstall
 from config.up import Installation, Options, interrupts
@@ -29,6 +30,7 @@ def prove(say: Progress) -> list[str]:
     state.create()
     # Its own servers, whatever this shell points at: a copy that shared a database would be no copy.
     given = {name: value for name, value in process_environment().items() if name in ("BERTH_WARM", "PATH")}
+    given["BERTH_BIND"] = f"127.0.0.1:{free_port()}"
     installation = Installation(state, given, Options(first_devbox=False, pool_gb=_POOL_GB), say)
     marks = traces.Marks.of(state)
     with state.locked():
@@ -46,7 +48,7 @@ def prove(say: Progress) -> list[str]:
             installation.stop()
     if wrong:
         kept = folder.with_name(folder.name + "-logs")
-        state.logs.rename(kept)
+        shutil.copytree(state.logs, kept)
         say(f"prove        the logs are kept in {kept}")
     try:
         uninstall(state, say)

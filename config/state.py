@@ -249,7 +249,7 @@ def can_run(program: Path, user: Owner) -> bool:
 
 
 def port_is_free(port: int, address: str = "127.0.0.1") -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed connection's TIME_WAIT is no owner
         try:
             probe.bind((address, port))
@@ -267,3 +267,23 @@ def free_port(preferred: int | None = None, taken: frozenset[int] = frozenset(),
         if port not in taken and port_is_free(port, address):
             return port
     raise StateError(f"no free port found on {address} in 200 tries between {_PORTS.start} and {_PORTS.stop}")
+
+
+def reserve(bind: str, user: Owner | None) -> socket.socket:
+    """Hold ``address:port`` until closed: no other search finds it free, and a server of ``user`` can still listen.
+
+    A server that shares its port (SO_REUSEPORT, as Granian does) would be joined by another installation's.  Sockets
+    that share must belong to one user, so the held one is given to the server's.  It never listens, so it is sent
+    nothing.  Raises OSError when somebody was faster.
+    """
+    host, _, port = bind.rpartition(":")
+    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        if user is not None:
+            os.fchown(held.fileno(), user.uid, user.gid)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind((host.strip("[]"), int(port)))
+    except OSError:
+        held.close()
+        raise
+    return held

@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import uuid
@@ -26,7 +27,17 @@ from typing import Any
 from cryptography.fernet import Fernet
 
 from config import first, packages, roles, servers
-from config.state import CHECKOUT, Owner, State, StateError, can_run, free_port, port_is_free, process_environment
+from config.state import (
+    CHECKOUT,
+    Owner,
+    State,
+    StateError,
+    can_run,
+    free_port,
+    port_is_free,
+    process_environment,
+    reserve,
+)
 from config.supervisor import Progress, Service, StepFailed, Supervisor, end_leftovers
 
 #: The web server's port when it is free and none was asked for; only a habit, another one is found otherwise.
@@ -60,6 +71,7 @@ class Installation:
         self.env: dict[str, str] = {}
         self.roles_user: Owner | None = None
         self._hosts_may_run = False
+        self._port: socket.socket | None = None
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -68,12 +80,13 @@ class Installation:
         end_leftovers(self.state, self.say)
         packages.ensure(self.state, self.say)
         user = self.state.ensure_user()
+        self.roles_user = user if _can_serve_as(user) else None
         self.env = settings(self.state, self.given)
+        self._port = reserve(self.env["BERTH_BIND"], self.roles_user)
         prepared = servers.plan(self.state, self.given)
         self.env |= prepared.env
         self.state.record(given=sorted(name for name in self.given if name in prepared.env))
         self.state.write_env(self.env, user)
-        self.roles_user = user if _can_serve_as(user) else None
         if self.roles_user is None:
             self.say(f"roles        run as root: {user.name} cannot reach {sys.executable} or {CHECKOUT}")
         self.supervisor.start(prepared.services)
@@ -83,6 +96,7 @@ class Installation:
         self.supervisor.start(self.role_services())
         self._hosts_may_run = True
         facts |= self.prepare("host", *self._host_arguments(), within=600.0)
+        self.say(f"{'host':<12} ready   {facts['host_id']}")
         self.supervisor.announce(base_url=self.base_url, ready=True, state=str(self.state.path), **facts)
         return facts
 
@@ -171,6 +185,8 @@ class Installation:
             except StepFailed as failure:
                 self.say(f"host         {failure}")
         self.supervisor.stop()
+        if self._port is not None:
+            self._port.close()
 
 
 def host_root(state: State) -> Path:
