@@ -20,6 +20,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from typing import IO, Any, Final
 
@@ -122,6 +123,7 @@ def _make(cfg: HostConfig, fill: Callable[[str], None], about: dict[str, Any]) -
 
 def _send(cfg: HostConfig, about: dict[str, Any]) -> str:
     os.makedirs(cfg.image_cache, mode=0o755, exist_ok=True)
+    _forget_unfinished(cfg)
     unfinished = f"{cfg.image_cache}/{os.getpid()}.new"
     digest = hashlib.sha256()
     total = 0
@@ -145,6 +147,15 @@ def _send(cfg: HostConfig, about: dict[str, Any]) -> str:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(unfinished)
     return image
+
+
+def _forget_unfinished(cfg: HostConfig) -> None:
+    """Remove what a killed making left in the cache."""
+    for name in os.listdir(cfg.image_cache):
+        path = f"{cfg.image_cache}/{name}"
+        with contextlib.suppress(FileNotFoundError):
+            if name.endswith(".new") and time.time() - os.stat(path).st_mtime > _STREAM_SECONDS:
+                os.unlink(path)
 
 
 def _receive(cfg: HostConfig, image: str) -> None:

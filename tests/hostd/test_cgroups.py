@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from hostd import cgroups
+from hostd import boxes, cgroups, syscalls
 from hostd.cgroups import V1, V2
+from hostd.config import HostConfig
+from tests.hostd.trial import LIMITS, Trial
 
 V2_FILES = {
     "cgroup.procs": "",
@@ -203,3 +205,45 @@ def test_a_cgroup_in_use_is_not_removed_silently(real: tuple[cgroups.Hierarchies
     with pytest.raises(cgroups.Stuck, match="cannot be removed"):
         driver.remove(path, seconds=0.05)
     driver.remove(f"{path}/below")
+
+
+class Both(V1):
+    """The limits of a hybrid machine's v1, with the box in a v2 cgroup as well."""
+
+    def folders(self, path: str) -> list[str]:
+        return [*super().folders(path), f"{cgroups.MOUNT}/{path}"]
+
+
+@pytest.mark.live
+def test_a_box_where_only_cgroup_v2_is_shown(trial: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """crun as on a pure v2 machine, and the v2 driver's freezer and killing on the kernel. Its limits cannot be tried
+    where v1 holds the controllers."""
+    if cgroups.detect().kind == "v2":
+        pytest.skip("this machine is one: the other tests try it")
+    tmp_path.chmod(0o711)
+
+    def check(cfg: HostConfig) -> tuple[bool, bool, bool]:
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+        syscalls.mount(cgroups.MOUNT, str(tmp_path), None, syscalls.MS_BIND | syscalls.MS_REC)
+        syscalls.mount("cgroup2", cgroups.MOUNT, "cgroup2")
+        driver = Both(str(tmp_path))
+        driver.prepare(cfg.cgroup)
+        monkeypatch.setattr(cgroups, "detect", lambda *_: driver)
+        slot = boxes.new_slot(cfg, cfg.image, LIMITS.disk_bytes)
+        try:
+            boxes.make_disk(cfg, slot.slot, slot.n, cfg.image, LIMITS.disk_bytes)
+            made = boxes.make_box(cfg, slot.slot, slot.n, LIMITS, "trial")
+            unified = V2()
+            path = cfg.box_cgroup(slot.slot)
+            inside = unified.members(path) == {made.init_pid}
+            unified.freeze(path)
+            deadline = time.monotonic() + 5
+            while not (frozen := "frozen 1" in Path(unified.mount, path, "cgroup.events").read_text()):
+                assert time.monotonic() < deadline
+            unified.kill(path)
+            return inside, frozen, boxes.find_made(cfg, slot.slot) is None
+        finally:
+            boxes.destroy_box(cfg, slot.slot, slot.n)
+            os.rmdir(f"{cgroups.MOUNT}/{cfg.cgroup}")
+
+    assert trial.do(check) == (True, True, True)

@@ -5,6 +5,7 @@ What touches the machine's own settings runs in a network namespace of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from hostd import config, network, syscalls
+from hostd import config, firewall, network, syscalls
 from hostd.config import ConfigError, HostConfig
 from hostd.netlink import Netlink
 from tests.hostd.trial import Trial, why_not
@@ -223,8 +224,33 @@ def test_errors_of_the_kernel_are_told() -> None:
 
 @pytest.mark.live
 def test_connections_per_box_are_capped(trial: Trial) -> None:
-    """The rule is loaded with the configured number; reaching 4,096 is left to the kernel."""
-    from hostd import firewall
-
-    listed = firewall._nft("list", "table", "inet", trial.cfg.firewall_table)
-    assert f"ct count over {trial.cfg.connections_per_box}" in listed
+    """With a cap of 16, and a resolver as the only far end every machine has."""
+    resolvers = network.resolvers(trial.cfg)
+    if not resolvers:
+        pytest.skip("this machine has no resolver that boxes could reach")
+    program = (
+        "import socket, time\n"
+        "def port():\n"
+        "    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(2)\n"
+        f"    s.connect(({resolvers[0]!r}, 53))\n"
+        "    s.send(bytes.fromhex('123401000001000000000000036465620664656269616e036f72670000010001'))\n"
+        "    try: s.recv(512); return s\n"
+        "    except TimeoutError: return None\n"
+        "held = []\n"
+        "for _ in range(40):\n"
+        "    s = port()\n"
+        "    if s is None: break\n"
+        "    held.append(s)\n"
+        "print(len(held))\n"
+    )
+    with trial.box() as box:
+        few = dataclasses.replace(trial.cfg, connections_per_box=16)
+        firewall.load(few, resolvers)
+        try:
+            said = trial.run(box, f"cat > p.py <<'E'\n{program}E\npython3 p.py", check=True).stdout.strip()
+        finally:
+            firewall.load(trial.cfg, resolvers)
+        if said == "0":
+            pytest.skip("the resolver does not answer")
+        assert said == "16"
+        assert trial.run(box, "python3 p.py", check=True).stdout.strip() == "40"
