@@ -15,6 +15,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import socket
 import struct
 import time
@@ -33,6 +34,7 @@ PENDING_MAX = 128  # connections waiting for one keeper
 PENDING_SECONDS = 4.0  # below the callers' own bound of 5 s, so that they hear a reason
 CONNECT_SECONDS = 5.0
 LIST_SECONDS = 3.0
+HUNG_SECONDS = 30.0  # a keeper whose full queue has not moved for so long is replaced
 _RETRY_SECONDS = (0.02, 0.1, 0.5, 2.0)
 _SOON_SECONDS = 1.0
 _VERDICT_SECONDS = 0.5
@@ -85,6 +87,7 @@ class Link:
     task: asyncio.Task[None] | None = None
     opened_at: float = float("-inf")
     hasty: int = 0
+    blocked_at: float | None = None  # since when it has taken nothing of what waits for it
     opened: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -258,6 +261,7 @@ class Keepers:
             self._say(link, {"box": link.box})
         self._read_again(link)
         link.opened_at = time.monotonic()
+        link.blocked_at = None
         link.opened.set()
         self._flush(link)
 
@@ -329,9 +333,15 @@ class Keepers:
         self._say(link, {"ack": ids})
 
     def expire(self) -> None:
-        """Refuse the connections that have waited too long for a keeper. Called every second."""
+        """Refuse the connections that have waited too long for a keeper, and end a keeper that reads nothing: its
+        successor loses nothing. Called every second."""
         now = time.monotonic()
         for link in self._links.values():
+            if link.socket is not None and link.blocked_at is not None and now - link.blocked_at > HUNG_SECONDS:
+                link.blocked_at = None
+                if start_time(link.record.pid) == link.record.start:
+                    log.error("keeper %s of %s reads nothing; it is killed", link.record.pid, link.record.slot)
+                    os.kill(link.record.pid, signal.SIGKILL)
             while link.pending and link.pending[0].expires_at < now:
                 refused = Refused("not_ready", f"the box's keeper did not answer within {PENDING_SECONDS:g} s")
                 _refuse(link.pending.popleft().connection, refused)
@@ -367,7 +377,10 @@ class Keepers:
         try:
             packets.send(link.socket, message, [connection.fileno()], wait=False)
         except OSError:  # a dead keeper is noticed by the reader, which also restarts it
+            if link.blocked_at is None:
+                link.blocked_at = time.monotonic()
             return False
+        link.blocked_at = None
         connection.close()
         return True
 
@@ -382,6 +395,7 @@ class Keepers:
             link.pending.popleft()
         if link.writing and link.socket is not None:
             link.writing = False
+            link.blocked_at = None
             asyncio.get_running_loop().remove_writer(link.socket)
 
     def _say(self, link: Link, message: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 if __name__ == "__main__":  # else the tree to be tested is on the path already, as a bundle
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hostd import boxes, config, images, jobs, keeper_spec, namespaces, packets, serve, setup
+from hostd import boxes, config, images, jobs, keeper_spec, keepers, namespaces, packets, serve, setup
 from hostd.boxes import Slot, SlotState
 from hostd.config import HostConfig
 from hostd.keepers import start_time
@@ -160,6 +160,7 @@ def serve_stub(path: str, inherited: tuple[int, int] | None) -> int:
     cfg = config.load(path)
     for folder in (cfg.slots, cfg.names, cfg.warm_slots, cfg.run, f"{cfg.run}/k", f"{cfg.run}/stub-keeper", cfg.pool):
         os.makedirs(folder, exist_ok=True)
+    keepers.HUNG_SECONDS = float(os.environ.get("STUB_HUNG_SECONDS", "600"))
     for name in ("new_slot", "claim_warm", "mark_warm", "list_slots"):
         setattr(boxes, name, globals()[name])
     for name in ("make_disk", "boot", "set_limits", "stop", "destroy", "restart_keeper"):

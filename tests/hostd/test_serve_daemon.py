@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ import pytest
 
 from hostd import bundle, messages
 from hostd.messages import Refused
-from tests.hostd.client import LIMITS, Client, new_id
+from tests.hostd.client import LIMITS, Client, Connection, new_id
 
 STUB = Path(__file__).with_name("stub_host.py")
 IMAGE = "img_stub"
@@ -486,3 +487,80 @@ def test_bundles_that_must_not_run(host: Host):
         connection.socket.sendall(messages.request("ship", digest=shipped.digest, body=100) + b"x")
     assert host.answers()
     assert [path.name for path in (host.folder / "bundles").iterdir()] == [f"{broken.digest}.pyz"]
+
+
+def test_a_hung_keeper_hangs_nobody_else(host: Host):
+    host.start()
+    box, other, exe = new_id("dbx"), new_id("dbx"), new_id("exe")
+    up = host.create(box)
+    host.create(other)
+    host.client.spawn(box, exe, "sleep 60 1")
+    os.kill(up["keeper_pid"], signal.SIGSTOP)
+    connections = [host.client.connect() for _ in range(300)]
+    try:
+        for connection in connections:
+            connection.send("state", box=box, id=exe)
+        began = time.monotonic()
+        told = host.report()
+        assert told[box]["executions"] is None, "nobody could be asked: that must not look like nothing"
+        assert told[other]["executions"] == [] and time.monotonic() - began < 8
+        assert host.client.spawn(other, new_id("exe"), "exit 0")["id"]
+        answers = [answer for connection in connections if (answer := early(connection))]
+        assert set(answers) <= {"busy", "not_ready"}, answers
+    finally:
+        os.kill(up["keeper_pid"], signal.SIGCONT)
+        for connection in connections:
+            connection.socket.close()
+    until(lambda: host.report()[box]["executions"] == [{"id": exe, "state": "running"}])
+
+
+def test_a_keeper_that_reads_nothing_for_long_is_replaced(host: Host):
+    host.environment["STUB_HUNG_SECONDS"] = "6"
+    host.start()
+    box, exe = new_id("dbx"), new_id("exe")
+    up = host.create(box)
+    host.client.spawn(box, exe, "exit 3")
+    until(lambda: host.client.call("state", box=box, id=exe)["state"] == "exited")
+    os.kill(up["keeper_pid"], signal.SIGSTOP)
+    connections = [host.client.connect() for _ in range(300)]
+    for connection in connections:
+        connection.send("state", box=box, id=exe)
+        connection.socket.settimeout(0.05)
+
+    def heard() -> bool:
+        with contextlib.suppress(OSError, messages.ProtocolError, Refused):
+            with host.client.connect() as connection:
+                connection.socket.settimeout(1)
+                return connection.call("state", box=box, id=exe)["exit"] == 3
+        return False
+
+    until(heard, 30)
+    assert host.create(box)["keeper_pid"] != up["keeper_pid"]
+    for connection in connections:
+        connection.socket.close()
+
+
+def early(connection: Connection) -> str:
+    """The refusal that has arrived by now, if any."""
+    connection.socket.setblocking(False)
+    try:
+        return json.loads(connection.socket.recv(65536))["error"]["code"]
+    except BlockingIOError:
+        return ""
+
+
+def test_a_box_is_destroyed_under_a_hung_keeper_and_waiting_clients(host: Host):
+    host.start()
+    box, exe = new_id("dbx"), new_id("exe")
+    up = host.create(box)
+    os.kill(up["keeper_pid"], signal.SIGSTOP)
+    connections = [host.client.connect() for _ in range(200)]
+    for connection in connections:
+        connection.send("state", box=box, id=exe)
+    host.client.destroy(box, 2)
+    for connection in connections:
+        connection.socket.settimeout(5)  # an end or a refusal: what it must not do is wait
+        with contextlib.suppress(ConnectionResetError):
+            connection.socket.recv(65536)
+        connection.socket.close()
+    assert host.report() == {}
