@@ -20,7 +20,6 @@ then its pid is written down, then it is announced. So a successor can tell: par
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 
@@ -29,7 +28,7 @@ from hostd.journal import Journal
 from hostd.procs import signals
 from hostd.requests import Refused
 from hostd.spawner_link import Order, SpawnerLink
-from hostd.stdin import Stdin
+from hostd.stdin import Stdin, sealed_input
 from hostd.streams import Bucket, Stream
 
 TYPE_CHECKING = False
@@ -47,8 +46,6 @@ RETRY_S = 0.5
 EXIT_PATIENCE_S = 5.0
 """How long a successor waits for the zygote to say how a command ended that was not its own child."""
 LOST = -1
-
-F_ADD_SEALS, ALL_SEALS = 1033, 15
 
 
 class Execution:
@@ -165,7 +162,7 @@ class Executions:
         if self._active >= MAX_RUNNING:
             raise Refused("busy", f"{MAX_RUNNING} commands run in this box already")
         execution = self._new(name, fence)
-        given = _memfd(command.input) if command.input is not None else None
+        given = sealed_input(command.input) if command.input is not None else None
         order = Order(command.message, given)
         order.before = lambda: self._intend(execution)
         order.started = lambda pidfd, ends: self._started(execution, pidfd, ends)
@@ -225,7 +222,7 @@ class Executions:
             return answer
         answer.update(exit=execution.exit, reason=execution.reason, exited_at_ms=execution.exited_at_ms)
         if sum(execution.sizes()) <= INLINE_BYTES:
-            out, err = (_whole_text(stream) for stream in execution.streams)
+            out, err = (stream.in_base64() for stream in execution.streams)
             if out is not None and err is not None:
                 answer.update(stdout=out, stderr=err)
         return answer
@@ -555,35 +552,6 @@ class Executions:
 
 def _now_ms() -> int:
     return int(time.time() * 1000)
-
-
-def _memfd(data: bytes) -> int:
-    """Return a descriptor of `data` that is read from its start and that nobody can change."""
-    written = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(written, view) :]
-        fcntl.fcntl(written, F_ADD_SEALS, ALL_SEALS)
-        return os.open(f"/proc/self/fd/{written}", os.O_RDONLY | os.O_CLOEXEC)  # an offset of its own
-    finally:
-        os.close(written)
-
-
-def _whole_text(stream: Stream) -> str | None:
-    """Return a small sealed stream in base64; None if its file is gone."""
-    import binascii
-
-    if stream.size == 0:
-        return ""
-    descriptor = stream.open_for_reading()
-    if descriptor < 0:
-        return None
-    try:
-        data = os.pread(descriptor, stream.size, 0)
-    finally:
-        os.close(descriptor)
-    return binascii.b2a_base64(data, newline=False).decode("ascii")
 
 
 def _kill_if_same(pid: int, start: int) -> None:

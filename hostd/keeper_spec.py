@@ -132,8 +132,14 @@ def start_zygote(config: Config) -> socket.socket:
     with a timeout of TIMEOUT_S.
     """
     path = f"{config.run}/zygote.sock"
-    with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-        return _connect(path)
+    with contextlib.suppress(FileNotFoundError, ConnectionError):
+        conn = _connect(path)
+        try:
+            zygote_pid(conn)  # a dying one still takes connections
+            return conn
+        except BaseException:
+            conn.close()
+            raise
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with listener:
         with contextlib.suppress(FileNotFoundError):

@@ -252,6 +252,14 @@ def command_limits() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
+def pid_namespace(pid: int) -> str | None:
+    """Return the name of a process's pid namespace, None if it is gone or hidden from us."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    except OSError:
+        return None
+
+
 def close_others(keep: Iterable[int]) -> None:
     """Close every descriptor above 2 that is not in `keep`."""
     wanted = set(keep)

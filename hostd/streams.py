@@ -13,6 +13,7 @@ command waits in its write.
 
 from __future__ import annotations
 
+import binascii
 import errno
 import os
 import select
@@ -149,6 +150,19 @@ class Stream:
             return os.open(self.name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
         except FileNotFoundError:
             return -1
+
+    def in_base64(self) -> str | None:
+        """Return a small sealed stream as base64 text; None if its file has been removed."""
+        if self.size == 0:
+            return ""
+        descriptor = self.open_for_reading()
+        if descriptor < 0:
+            return None
+        try:
+            data = os.pread(descriptor, self.size, 0)
+        finally:
+            os.close(descriptor)
+        return binascii.b2a_base64(data, newline=False).decode("ascii")
 
     def remove(self) -> None:
         """Delete what was kept. The pipe goes on being drained."""

@@ -158,11 +158,10 @@ class Zygote:
 
     def _restart(self, conn: _socket.socket, message: dict[str, Any], descriptors: list[int]) -> dict[str, Any] | None:
         slot = self._slot(message)
-        while self._read_keeper(slot):
-            pass
         if slot.alive and self._is_dead(slot):
             self._died(slot)
-        if slot.alive and slot.link is not None:
+        # A dying one closes hostd's link before it can be waited for: that moment must not count as life.
+        if slot.alive and not procs.exiting(slot.pid):
             return self._where(slot)
         slot.waiting.append((conn, time.monotonic() + CLEAR_DEADLINE_S))
         return None
@@ -236,10 +235,7 @@ class Zygote:
             slot.link = None
 
     def _read_keeper(self, slot: Slot) -> bool:
-        """Take one message; False when there is none (any more). Closes the link when it is at its end.
-
-        A keeper closes its link a moment before its death can be waited for: then it is dying, not alive.
-        """
+        """Take one message; False when there is none (any more). Closes the link when it is at its end."""
         if slot.link is None:
             return False
         try:
@@ -425,14 +421,17 @@ class Zygote:
             candidates = [pid for pid in procs.children() if pid not in known]
             return [pid for pid in candidates if slot.owns(procs.real_uid(pid) or 0) and procs.start_time(pid)]
         found = []
+        inside = procs.pid_namespace(slot.spec["init_pid"])
+        if inside is None:
+            return []  # with its init everybody in the box is dead
         for entry in os.listdir("/proc"):
             if not entry.isdigit() or int(entry) in known or int(entry) == slot.spec["init_pid"]:
                 continue
             pid = int(entry)
-            if not slot.owns(procs.real_uid(pid) or 0) or procs.start_time(pid) is None:
+            if procs.pid_namespace(pid) != inside or procs.start_time(pid) is None:
                 continue
             parent = procs.parent(pid)
-            if parent is not None and not slot.owns(procs.real_uid(parent) or 0):
+            if parent is not None and procs.pid_namespace(parent) != inside:
                 found.append(pid)
         return found
 
