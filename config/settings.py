@@ -63,6 +63,9 @@ class Berth:
     BODY_BUDGET: int = env.whole("BERTH_BODY_BUDGET", 256 * MIB)
     BODY_IDLE: float = env.number("BERTH_BODY_IDLE", 30.0)
 
+    # Names a file by which tests make a worker kill itself at a point of a flow (flows.faults); never set otherwise.
+    FAULT_FILE: str = env.text("BERTH_FAULT_FILE")
+
     WORKER_THREADS: int = env.whole("BERTH_WORKER_THREADS", 16)
     HINTS_CHANNEL: str = "hints"
 

@@ -24,7 +24,7 @@ from typing import Any, Generic, TypeVar
 
 from django.db import Error, InterfaceError, OperationalError, connection, transaction
 
-from flows import hints, nudge
+from flows import faults, hints, nudge
 from flows.leases import held
 from flows.models import Durable
 from flows.outcomes import Done, LeaseLost, Next, Outcome, Wait
@@ -213,6 +213,7 @@ class Flow(Generic[R]):
     def _advance_once(self, row: R) -> bool:
         row.step = self.divert(row) or row.step
         outcome: Outcome | None = None
+        faults.reach(self.queue, row.step, "claimed")
         try:
             if row.expired:
                 outcome = self.expired(row)
@@ -226,6 +227,7 @@ class Flow(Generic[R]):
                 log.warning("%s: %s in step %s: %r", self.queue, row.id, row.step, error, exc_info=row.attempts < 1)
                 self._retry(row, type(error).__name__, str(error) or repr(error))
                 return False
+        faults.reach(self.queue, row.step, "acted")
         try:
             self.settle(row, outcome)
         except _AlsoRefused:
