@@ -73,7 +73,7 @@ def test_nothing_need_be_said(alice: Party, fake: FakeHost, body: Any) -> None:
 
 
 def test_everything_may_be_said(alice: Party, fake: FakeHost) -> None:
-    body = {
+    body: dict[str, Any] = {
         "name": "mine",
         "environment_variables": {"A": "1", "_b": ""},
         "secrets": None,
@@ -106,7 +106,7 @@ def test_everything_may_be_said(alice: Party, fake: FakeHost) -> None:
         "mcp": {},
     }
     view = created(alice, body)
-    given = {key: value for key, value in body["launch_parameters"].items() if value is not None}  # type: ignore[attr-defined]
+    given = {key: value for key, value in body["launch_parameters"].items() if value is not None}
     given.pop("required_services")
     assert view["launch_parameters"] == given
     assert view["metadata"] == body["metadata"] and view["name"] == "mine"

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from django.db import OperationalError, connection, connections, models, transaction
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.django_db(transaction=True)
 class Job(Durable):
     """A durable row with a few columns of its own."""
 
+    objects: ClassVar[models.Manager[Job]] = models.Manager()
     note = models.TextField(default="")
     facts = models.JSONField(default=dict)
     data = models.BinaryField(null=True)
@@ -67,7 +68,7 @@ class Log(list[tuple[str, str]]):
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> Log:
     log = Log()
-    monkeypatch.setattr(nudge, "publish", lambda queue, task, pk: log.append(("nudge", pk)) or True)
+    monkeypatch.setattr(nudge, "publish", lambda queue, task, pk: log.append(("nudge", pk)))
     monkeypatch.setattr(hints, "publish", lambda *ids: log.extend(("hint", pk) for pk in ids))
     return log
 
@@ -192,7 +193,7 @@ def test_settle_writes_what_was_learnt_once(flow: JobFlow, published: Log) -> No
     learnt = {"note": "learnt", "facts": {"x": 1}, "data": b"\0\xff", "seen_at": DatabaseNow(5)}
     flow.settle(row, Wait(60, learnt, step="second"))
     job = read()
-    assert (job.step, job.note, job.facts, bytes(job.data), job.lease) == (
+    assert (job.step, job.note, job.facts, bytes(job.data or b""), job.lease) == (
         "second",
         "learnt",
         {"x": 1},
@@ -351,7 +352,12 @@ def test_an_exception_may_mean_an_outcome(flow: JobFlow) -> None:
 def test_only_the_deadline_fails_a_row(flow: JobFlow) -> None:
     make(attempts=100)
     ran: list[str] = []
-    flow.steps = {"first": lambda row: ran.append("first") or Wait(60), "failed": lambda row: Done(step="failed")}
+
+    def first(row: JobRow) -> Outcome:
+        ran.append("first")
+        return Wait(60)
+
+    flow.steps = {"first": first, "failed": lambda row: Done(step="failed")}
     flow.when_expired = lambda row: Next("failed", {"deadline_at": None})
     flow.run("job_1")
     assert ran == ["first"]
@@ -426,10 +432,10 @@ def test_also_does_not_run_when_the_lease_is_lost(flow: JobFlow) -> None:
     row = flow.claim("job_1")
     assert row is not None
     flow.request("job_1", {})
-    called: list[int] = []
+    called: set[int] = set()
     with pytest.raises(LeaseLost):
-        flow.settle(row, Next("second", also=lambda cursor: not called.append(1)))
-    assert called == []
+        flow.settle(row, Next("second", also=lambda cursor: bool(called.add(1))))  # type: ignore[func-returns-value]
+    assert called == set()
 
 
 def test_an_outcome_that_cannot_be_written_is_a_retry(flow: JobFlow) -> None:
@@ -500,7 +506,7 @@ def test_finish_completes_a_batch_whoever_holds_it(flow: JobFlow, published: Log
     entries["job_c"] = {"note": "late", "facts": {}, "data": None}
     assert sorted(flow.finish(entries)) == ["job_a", "job_b"]
     job = read("job_a")
-    assert (job.step, job.note, job.facts, bytes(job.data), job.wake_at) == (
+    assert (job.step, job.note, job.facts, bytes(job.data or b""), job.wake_at) == (
         "done",
         "end job_a",
         {"code": 0},

@@ -100,7 +100,7 @@ def test_a_step_that_raises_costs_no_thread(flow: JobFlow, sweep: Sweep) -> None
             past(f"job_{number}", column="wake_at", seconds=3)
         assert sweep.sweep_once() == 3
         until(lambda: Job.objects.filter(attempts=1).count() == 3)
-        until(lambda: sweep._free._value == 3)  # type: ignore[attr-defined]
+        until(lambda: sweep._free._value == 3)
 
 
 def test_a_row_put_to_sleep_here_runs_on_time(flow: JobFlow, sweep: Sweep) -> None:

@@ -109,7 +109,7 @@ def repository(tmp_path: pathlib.Path) -> Iterator[tuple[str, str]]:
     git("-C", str(served / "r.git"), "update-server-info")
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0),
-        lambda *rest: _Git(*rest, directory=str(served)),  # type: ignore[arg-type]
+        lambda *rest: _Git(*rest, directory=str(served)),
     )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/r.git", first
