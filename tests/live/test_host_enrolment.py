@@ -72,7 +72,7 @@ def no_connections_left() -> Iterator[None]:
     yield
     pool = use_pool(None)
     if pool is not None:
-        pool.submit(connection.close).result()
+        pool.submit(lambda: connection.close()).result()
         pool.shutdown()
 
 
@@ -112,12 +112,18 @@ def test_a_host_is_enrolled_used_revived_and_retired(host: Host, admin_sshd: Ssh
             got = b"".join([piece async for piece in stream])
             return got, stream.trailer
 
+    def hello() -> str:
+        try:
+            return client.hello()["host"]
+        finally:
+            connection.close()
+
     async def follow_across_a_kill() -> tuple[bytes, object]:
         following = asyncio.create_task(follow())
         await asyncio.sleep(0.5)
         old = lock_holder(host)
         os.kill(old, signal.SIGKILL)
-        assert (await asyncio.to_thread(client.hello))["host"] == host.pk
+        assert await asyncio.to_thread(hello) == host.pk
         assert lock_holder(host) != old
         return await following
 
