@@ -1,0 +1,1 @@
+"""Celery tasks of hosts: none yet; what watches and mends them runs in ``manage.py watch_hosts``."""
