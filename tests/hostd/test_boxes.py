@@ -146,6 +146,25 @@ def test_a_box_whose_init_died_is_down_and_can_be_made_again(trial: Trial) -> No
         trial.destroy(made)
 
 
+def test_four_makers_at_once(trial: Trial) -> None:
+    def some(cfg: object) -> list[tuple[str, int]]:
+        found = []
+        for _ in range(4):
+            slot = boxes.new_slot(trial.cfg, trial.cfg.image, LIMITS.disk_bytes)
+            boxes.make_disk(trial.cfg, slot.slot, slot.n, slot.image, LIMITS.disk_bytes)
+            made = boxes.make_box(trial.cfg, slot.slot, slot.n, LIMITS, "trial")
+            assert boxes.find_made(trial.cfg, slot.slot) == made
+            boxes.destroy_box(trial.cfg, slot.slot, slot.n)
+            found.append((slot.slot, slot.n))
+        return found
+
+    started = [trial.start(some) for _ in range(4)]
+    found = [pair for child in started for pair in trial.answer(*child)]
+    assert len({n for _, n in found}) == 16
+    for slot, n in found:
+        nothing_left(trial, slot, n)
+
+
 def test_without_a_disk_or_an_image(trial: Trial) -> None:
     slot = boxes.new_slot(trial.cfg, "img_000000000000", LIMITS.disk_bytes)
     with pytest.raises(Refused) as refused:
@@ -453,7 +472,7 @@ def test_a_full_disk_is_only_the_boxs(trial: Trial) -> None:
 
 
 def test_an_inode_bomb_is_only_the_boxs(trial: Trial) -> None:
-    small = replace(LIMITS, disk_bytes=16 << 20)
+    small = replace(LIMITS, disk_bytes=4 << 20)
     with trial.box(small) as made:
         make = 'import os\nfor i in range(200000): open(f"f{i}", "w").close()'
         done = trial.run(made, f"mkdir d && cd d && python3 -c '{make}'", seconds=60)

@@ -80,11 +80,14 @@ class Trial:
 
     def do(self, action: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """What a maker would do: ``action(cfg, …)`` in the private mount namespace. Its exception is raised."""
-        child, answer = self.start(action, *arguments, **named)
-        with open(answer, "rb") as file:
+        return self.answer(*self.start(action, *arguments, **named))
+
+    def answer(self, child: int, descriptor: int) -> Any:
+        """What a child of `start` returned or raised."""
+        with open(descriptor, "rb") as file:
             data = file.read()
         os.waitpid(child, 0)
-        assert data, f"the child of {action.__name__} died"
+        assert data, f"child {child} died"
         return _unpack(data)
 
     def start(self, action: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[int, int]:
@@ -134,11 +137,7 @@ class Trial:
         self, made: Made, command: str, *, root: bool = False, seconds: float = 20, check: bool = False
     ) -> subprocess.CompletedProcess[str]:
         """A shell command in the box, under its filter and limits, as its user or its root; output in ``stdout``."""
-        child, answer = self.start(_crun_exec, made.slot, command, root, seconds)
-        with open(answer, "rb") as file:
-            data = file.read()
-        os.waitpid(child, 0)
-        value = _unpack(data)
+        value = self.do(_crun_exec, made.slot, command, root, seconds)
         done = subprocess.CompletedProcess([command], value[0], value[1].decode(errors="replace"))
         if check:
             assert done.returncode == 0, done.stdout
