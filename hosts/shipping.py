@@ -71,6 +71,7 @@ def put_bundle(admin: Admin, root: str, what: Bundle) -> str:
         admin.run(["sh", "-c", check, "check", path, what.digest], timeout=FILE_SECONDS)
     except CommandFailed:
         put_file(admin, path, what.data)
+        _try_bundle(admin, path, what.digest)
     link = posixpath.join(root, "bundles", "current.pyz")
     try:
         # -T: never into what the link points at; by a rename, so it is never absent.
@@ -79,6 +80,16 @@ def put_bundle(admin: Admin, root: str, what: Bundle) -> str:
     except CommandFailed as error:
         raise ShippingFailed(f"{link} could not be set: {error}") from error
     return path
+
+
+def _try_bundle(admin: Admin, path: str, digest: str) -> None:
+    """A bundle that this host's Python cannot run is never made the current one."""
+    try:
+        said = json.loads(admin.run([PYTHON, "-I", path, "version"], timeout=FILE_SECONDS))
+    except (CommandFailed, ValueError) as error:
+        raise ShippingFailed(f"{PYTHON} on the host cannot run hostd: {error}") from error
+    if said.get("digest") != digest:
+        raise ShippingFailed(f"the host runs {said.get('digest')} where {digest} was shipped")
 
 
 @contextlib.contextmanager

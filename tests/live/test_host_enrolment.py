@@ -6,6 +6,7 @@ import asyncio
 import os
 import pathlib
 import pwd
+import shutil
 import signal
 import subprocess
 import time
@@ -198,3 +199,34 @@ def test_what_may_fail_before_anything_is_made(admin_sshd: Sshd, transactional_d
     with pytest.raises(EnrolmentFailed, match="refused"):
         enrol(wanted(admin_sshd, port=1), accept_key=lambda *_: True, cluster=CLUSTER)
     assert not Host.objects.exists()
+
+
+@pytest.fixture
+def sudoer() -> Iterator[str]:
+    """A user who may become root by sudo without a password."""
+    if not shutil.which("sudo"):
+        pytest.skip("sudo is not installed")
+    name = f"berth-t{os.getpid() % 100_000}"
+    rule = pathlib.Path("/etc/sudoers.d", name)
+    subprocess.run(["useradd", "--create-home", "--shell", "/bin/sh", "--password", "*", name], check=True)
+    try:
+        rule.write_text(f"{name} ALL=(ALL) NOPASSWD: ALL\n")
+        rule.chmod(0o440)
+        yield name
+    finally:
+        rule.unlink(missing_ok=True)
+        subprocess.run(["userdel", "--remove", name], check=False, capture_output=True)
+
+
+def test_a_user_with_sudo_is_enough(tmp_path: pathlib.Path, sudoer: str, transactional_db) -> None:
+    options = "AllowStreamLocalForwarding local"
+    with started(Sshd(tmp_path / "sshd", sudoer, homes=True, options=options)) as sshd:
+        for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+            folder.chmod(0o755)  # sshd reads the keys as that user
+        try:
+            assert enrol(wanted(sshd), accept_key=lambda *_: True, cluster=CLUSTER).state == "ready"
+        finally:
+            retire("local", force=True)
+        pathlib.Path("/etc/sudoers.d", sudoer).unlink()
+        with pytest.raises(EnrolmentFailed, match="may not become root"):
+            enrol(wanted(sshd, name="other"), accept_key=lambda *_: True, cluster=CLUSTER)
