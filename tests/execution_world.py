@@ -143,13 +143,13 @@ class Events:
                 continue
             fields = dict(line.split(b": ", 1) for line in lines)
             assert set(fields) <= {b"event", b"data"}, fields
-            data = orjson.loads(fields[b"data"])
+            event = orjson.loads(fields[b"data"])
             if fields.get(b"event") == b"error":
                 assert self.error is None
-                self.error = data
+                self.error = event
             else:
                 assert b"event" not in fields
-                self.updates.append(data)
+                self.updates.append(event)
 
     @property
     def text(self) -> str:
@@ -159,7 +159,7 @@ class Events:
     @property
     def offset(self) -> int:
         """What a client comes back with."""
-        return self.updates[-1]["offset"]
+        return int(self.updates[-1]["offset"])
 
     def ended(self) -> None:
         """Nothing of an event is left over."""
@@ -263,7 +263,7 @@ class Holed:
                     following.trailer |= {"resume": self.end, "dropped": [self.start, self.end]}
                     return None
                 at = following.offset
-                data = piece()
+                data: bytes | None = piece()
                 if data:
                     following.offset = min(following.offset, self.start)
                     return data[: self.start - at]
