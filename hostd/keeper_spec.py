@@ -296,7 +296,7 @@ def _exec_zygote(listen_fd: int, log_path: str) -> None:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.set_inheritable(listen_fd, True)
-        os.execve(interpreter, ["zygote", "-I", "-S", "-c", code], {"LANG": "C.UTF-8"})
+        os.execve(interpreter, ["zygote", "-I", "-S", "-OO", "-c", code], {"LANG": "C.UTF-8"})
     except BaseException as error:
         os.write(2, f"zygote: {error!r}\n".encode())
     finally:

@@ -1,7 +1,7 @@
 """One message = one SOCK_SEQPACKET packet: a JSON object, perhaps with descriptors.
 
-In charge of: JSON without the `json` package (which pulls in `re` and costs every keeper half a megabyte), and sending
-and receiving packets whose descriptors are close-on-exec and never leak.
+In charge of: JSON without the `json` package (which pulls in `re` and costs every keeper half a megabyte; `array` pulls
+in `collections`), and sending and receiving packets whose descriptors are close-on-exec and never leak.
 Not in charge of: what the messages mean (keeper_spec.py has the table), stream sockets, clients' requests.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import _json
 import _socket
-import array
 import os
+import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -85,7 +85,9 @@ def send(sock: _socket.socket, message: object, descriptors: Sequence[int] = (),
     With `wait=False` a full queue raises BlockingIOError. A dead peer raises OSError (never SIGPIPE).
     """
     flags = _socket.MSG_NOSIGNAL | (0 if wait else _socket.MSG_DONTWAIT)
-    rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    rights = []
+    if descriptors:
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(descriptors)}i", *descriptors))]
     sock.sendmsg([dumps(message)], rights, flags)
 
 
@@ -100,14 +102,14 @@ def receive_raw(sock: _socket.socket, *, wait: bool = True) -> tuple[bytes, list
         data, ancillary, got, _ = sock.recvmsg(MAX_PACKET + 4096, _socket.CMSG_SPACE(MAX_DESCRIPTORS * 4), flags)
     except ConnectionError:
         return b"", []
-    descriptors = array.array("i")
+    descriptors: list[int] = []
     for level, kind, payload in ancillary:
         if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
-            descriptors.frombytes(payload[: len(payload) // 4 * 4])
+            descriptors += struct.unpack(f"{len(payload) // 4}i", payload[: len(payload) // 4 * 4])
     if got & (_socket.MSG_TRUNC | _socket.MSG_CTRUNC):
         close_all(descriptors)
         raise Malformed("packet cut off: too long or too many descriptors")
-    return data, list(descriptors)
+    return data, descriptors
 
 
 def receive(sock: _socket.socket, *, wait: bool = True) -> tuple[dict[str, Any] | None, list[int]]:
