@@ -6,6 +6,7 @@ In charge of reading the machine's figures and of asking the keepers. Changes no
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from typing import Any
@@ -15,6 +16,8 @@ from hostd.config import HostConfig
 from hostd.verbs import Verbs
 
 _ASKED_AT_ONCE = 32
+
+log = logging.getLogger("hostd.report")
 
 
 class Report:
@@ -31,6 +34,10 @@ class Report:
         """Who this is and what it has free. Raises OSError."""
         memory = meminfo()
         pool = os.statvfs(self._cfg.pool)
+        free = pool.f_bavail * pool.f_frsize
+        if pool.f_flag & os.ST_RDONLY:
+            log.error("the pool is read-only: nothing can be placed here")
+            free = 0
         return {
             "protocol": messages.PROTOCOL,
             "digest": self.digest,
@@ -43,7 +50,7 @@ class Report:
             "memory_bytes": memory.get("MemTotal", 0),
             "memory_free_bytes": memory.get("MemAvailable", 0),
             "pool_bytes": pool.f_blocks * pool.f_frsize,
-            "pool_free_bytes": pool.f_bavail * pool.f_frsize,
+            "pool_free_bytes": free,
             "images": images.list_images(self._cfg),
             "boxes": len(self._verbs.named),
             "warm": len(self._verbs.warm),

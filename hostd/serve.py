@@ -222,6 +222,8 @@ class Daemon:
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._ask_to_leave, None)
+        # Handled, not ignored: what is ignored would be ignored by everything in every box as well.
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
         self._makers.attach(loop)
         self._hold_zygote()
         await self.verbs.recover()

@@ -105,6 +105,17 @@ def test_new_limits_reach_a_box_that_is_up(host: LiveHost):
     assert host.client.wait(box, exe)["exit"] == 0
 
 
+def test_a_kept_disk(host: LiveHost):
+    box, up = create(host)
+    exe = new_id("exe")
+    host.client.spawn(box, exe, "echo mine > ~/f; sync")
+    host.client.wait(box, exe)
+    host.client.destroy(box, 2, keep_disk=True)
+    assert box not in host.report() and not host.traces()
+    (kept,) = (host.root / "pool" / "boxes-kept").iterdir()
+    assert up["slot"] in kept.name and (kept / "home/user/f").read_text() == "mine\n"
+
+
 LINES = 400
 WRITER = f"for i in $(seq {LINES}); do echo line $i; sleep 0.005; done; exit 6"
 WRITTEN = "".join(f"line {i}\n" for i in range(1, LINES + 1)).encode()
