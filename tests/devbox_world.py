@@ -13,10 +13,13 @@ from typing import Any
 from django.db import connection
 
 from api.asynchronous import in_database
+from api.callers import Caller
 from api.ids import new_id
 from api.waiting import hub
-from devboxes.devbox_flow import devbox_flow
+from devboxes import services
+from devboxes.devbox_flow import DevboxRow, devbox_flow
 from devboxes.models import Devbox, DevboxLog, DevboxTransition
+from devboxes.schemas import DevboxCreateParameters
 from hosts.client import use_fake
 from hosts.models import Host
 from tests.fake_host import FakeHost
@@ -132,3 +135,43 @@ def working(web: Any, *fakes: FakeHost) -> Iterator[None]:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             web.run(task)
+
+
+def create(caller: Caller, **parameters: Any) -> str:
+    """A devbox of these `DevboxCreateParameters`."""
+    checked = DevboxCreateParameters(data=parameters)
+    checked.is_valid(raise_exception=True)
+    return services.create_devbox(caller, checked.validated_data, raw_body=b"", request_id=None)
+
+
+def created_running(caller: Caller, **parameters: Any) -> str:
+    """One that runs."""
+    devbox_id = create(caller, **parameters)
+    work()
+    assert row(devbox_id).status == "running", row(devbox_id).why
+    return devbox_id
+
+
+def created_over(caller: Caller) -> str:
+    """One that was shut down before it came to a host."""
+    devbox_id = create(caller)
+    services.request_shutdown(devbox_id)
+    work()
+    return devbox_id
+
+
+def claim(devbox_id: str) -> DevboxRow:
+    """The row as a worker holds it."""
+    sleep_over(devbox_id)
+    claimed = devbox_flow.claim(devbox_id)
+    assert claimed is not None
+    return claimed
+
+
+def expire(devbox_id: str) -> None:
+    """Let the time of its step be up."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "UPDATE devboxes_devbox SET deadline_at = now() - interval '1 s', wake_at = now() WHERE id = %s",
+            [devbox_id],
+        )

@@ -1,0 +1,197 @@
+"""How a devbox ends: entrypoint, keep-alive time, its box, and what goes on around its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from django.db import connection
+
+from api.callers import Caller
+from devboxes import launch, services, states
+from devboxes.devbox_flow import devbox_flow
+from flows.outcomes import Next
+from hosts import delivery, registry
+from hosts.client import use_fake
+from hosts.models import Host
+from tests.devbox_world import (
+    claim,
+    create,
+    created_over,
+    created_running,
+    logged,
+    make_host,
+    row,
+    sleep_over,
+    work,
+)
+from tests.fake_host import FakeHost
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture
+def caller(db: None) -> Caller:
+    from accounts.services import create_account
+
+    return Caller(account_id=create_account("A").pk, key_id="key_x")
+
+
+@pytest.fixture
+def fake(db: None) -> Any:
+    host = make_host()
+    yield host
+    use_fake(host.host_id, None)
+
+
+def test_the_entrypoint_s_end_is_the_devbox_s(caller: Caller, fake: FakeHost) -> None:
+    devbox_id = created_running(caller, entrypoint="serve")
+    fake.finish(launch.work_id(devbox_id, launch.ENTRYPOINT), exit=3, stdout=b"bye\n")
+    assert fake.deliver() == [(devbox_id, launch.work_id(devbox_id, launch.ENTRYPOINT))]
+    assert (row(devbox_id).status, row(devbox_id).shutdown_reason) == ("shutdown", "entrypoint_exit")
+    work()
+    assert row(devbox_id).step == "gone" and fake.boxes == {}
+    assert logged(devbox_id) == [("serve", None, None), (None, "bye", None), (None, None, 3)]
+    assert row(devbox_id).why == "its entrypoint ended with 3"
+
+
+def test_an_entrypoint_that_ends_before_the_flow_has_settled(caller: Caller, fake: FakeHost) -> None:
+    devbox_id = create(caller, entrypoint="true")
+    fake.script("true", exit=0)
+
+    def deliver(**_: Any) -> None:
+        fake.deliver()
+
+    fake.hooks["spawn"] = deliver
+    work()
+    assert (row(devbox_id).step, row(devbox_id).shutdown_reason) == ("gone", "entrypoint_exit")
+
+
+def test_a_lost_entrypoint_is_a_failure(caller: Caller, fake: FakeHost) -> None:
+    devbox_id = created_running(caller, entrypoint="serve")
+    reason = {"kind": "lost", "detail": "gone"}
+    fake.finish(launch.work_id(devbox_id, launch.ENTRYPOINT), exit=-1, reason=reason)
+    fake.deliver()
+    assert (row(devbox_id).status, row(devbox_id).failure_reason) == ("failure", "health_check_failed")
+
+
+def test_the_keep_alive_time_ends_the_devbox(caller: Caller, fake: FakeHost) -> None:
+    devbox_id = created_running(caller, launch_parameters={"keep_alive_time_seconds": 60})
+    devbox = row(devbox_id)
+    assert devbox.end_at is not None and devbox.started_at is not None and devbox.wake_at is not None
+    assert (devbox.end_at - devbox.started_at).total_seconds() == 60
+    assert abs((devbox.wake_at - devbox.end_at).total_seconds()) < 1
+    sleep_over(devbox_id)
+    work()
+    assert row(devbox_id).status == "running", "woken early, it sleeps on"
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE devboxes_devbox SET end_at = now() WHERE id = %s", [devbox_id])
+    sleep_over(devbox_id)
+    work()
+    devbox = row(devbox_id)
+    assert (devbox.step, devbox.status, devbox.shutdown_reason) == ("gone", "shutdown", "keep_alive_timeout")
+    assert fake.boxes == {}
+
+
+def test_an_entrypoint_that_its_host_does_not_know_is_lost(caller: Caller, fake: FakeHost) -> None:
+    devbox_id, plain = created_running(caller, entrypoint="serve"), created_running(caller)
+    kind = registry.kind_of("set_x")
+    assert kind is not None
+    (expected,) = kind.expected_on_host(fake.host_id)
+    assert (expected.box, expected.id) == (devbox_id, launch.work_id(devbox_id, launch.ENTRYPOINT))  # type: ignore[union-attr]
+    delivery.deliver_exits([delivery.lost_event(fake.host_id, devbox_id, expected.id, "its box does not know it")])  # type: ignore[union-attr]
+    assert row(devbox_id).why == "its entrypoint was lost: its box does not know it"
+    assert row(plain).status == "running" and list(kind.expected_on_host(fake.host_id)) == []
+
+
+@pytest.mark.parametrize(("oom", "reason"), [(True, "out_of_memory"), (False, "health_check_failed")])
+def test_a_box_that_ends_by_itself_is_a_failure(caller: Caller, fake: FakeHost, oom: bool, reason: str) -> None:
+    devbox_id = created_running(caller)
+    fake.box_exit(devbox_id, oom=oom)
+    assert fake.deliver() == [(devbox_id, "box")]
+    assert (row(devbox_id).status, row(devbox_id).failure_reason) == ("failure", reason)
+    assert fake.deliver() == []
+    work()
+    assert row(devbox_id).step == "failed" and fake.boxes == {}
+    assert fake.kept_disks == (set() if oom else {devbox_id})
+
+
+def test_a_box_that_ends_on_its_way_down_changes_nothing(caller: Caller, fake: FakeHost) -> None:
+    devbox_id = created_running(caller)
+    services.request_shutdown(devbox_id)
+    fake.box_exit(devbox_id)
+    assert fake.deliver() == [(devbox_id, "box")]
+    assert (row(devbox_id).status, row(devbox_id).failure_reason) == ("shutdown", None)
+
+
+def test_news_of_strangers_is_acknowledged(caller: Caller, fake: FakeHost) -> None:
+    devbox_id = created_running(caller)
+    fake.spawn(box=devbox_id, id="set_00000000000000000000000000", fence=2**60, body={"command": "x"})
+    fake.finish("set_00000000000000000000000000")
+    assert fake.deliver() == [(devbox_id, "set_00000000000000000000000000")]
+
+
+def test_other_rooms_are_waited_for_before_the_box_goes(
+    caller: Caller, fake: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready, after = [False], list[tuple[str, str]]()
+    kind = registry.HostedKind(
+        before_destroy=lambda pk: ready[0], after_destroy=lambda pk, why: after.append((pk, why))
+    )
+    monkeypatch.setitem(registry._kinds, "tst", kind)
+    devbox_id = created_running(caller)
+    services.request_shutdown(devbox_id)
+    work()
+    assert row(devbox_id).step == "teardown" and fake.called("destroy") == []
+    ready[0] = True
+    sleep_over(devbox_id)
+    work()
+    assert row(devbox_id).step == "gone" and after == [(devbox_id, "api_shutdown")]
+
+
+def test_other_rooms_are_waited_for_a_minute_at_most(
+    caller: Caller, fake: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry._kinds, "tst", registry.HostedKind(before_destroy=lambda pk: False))
+    devbox_id = created_running(caller)
+    services.request_shutdown(devbox_id)
+    work()
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE devboxes_devbox SET step_since = now() - interval '61 s'")
+    sleep_over(devbox_id)
+    work()
+    assert row(devbox_id).step == "gone"
+
+
+def test_what_reconcile_expects(caller: Caller, fake: FakeHost) -> None:
+    kind = registry.kind_of("dbx_x")
+    assert kind is not None
+    running, launching = created_running(caller), create(caller, launch_parameters={"launch_commands": ["x"]})
+    work()
+    fake.fail("boot", times=9)
+    booting = create(caller)
+    work()
+    ending = created_over(caller)
+    gone = created_over(caller)
+    work()
+    services.request_shutdown(ending)
+    expected = {box.box: (box.up, box.settled) for box in kind.expected_on_host(fake.host_id)}  # type: ignore[union-attr]
+    assert expected == {running: (True, True), launching: (True, True), booting: (False, False)}
+    assert gone not in expected and kind.expected_on_host("hst_other") == []
+
+
+def test_places_are_spread_and_the_arithmetic_holds(caller: Caller, fake: FakeHost) -> None:
+    other = make_host("other")
+    devboxes = [created_running(caller) for _ in range(4)]
+    assert sorted(row(pk).host_id or "" for pk in devboxes) == sorted([fake.host_id, other.host_id] * 2)
+    for pk in devboxes:
+        services.request_shutdown(pk)
+    work()
+    assert Host.objects.filter(used_cpu_millis=0, used_memory_mb=0, used_disk_mb=0).count() == 2
+    use_fake(other.host_id, None)
+
+
+def test_a_move_that_is_not_in_the_table_is_refused(caller: Caller, fake: FakeHost) -> None:
+    devbox_id = create(caller)
+    with pytest.raises(RuntimeError, match="may not go from place to launch"):
+        devbox_flow.settle(claim(devbox_id), Next(states.LAUNCH))
