@@ -64,6 +64,7 @@ class ExecutionRow(Row):
     out_dropped: int
     err_dropped: int
     upload: dict[str, Any] | None
+    error_detail: str | None
 
 
 def at(milliseconds: int | None) -> datetime | None:
@@ -96,7 +97,7 @@ class ExecutionFlow(Flow[ExecutionRow]):
         if row.step == "kill":
             return self._ended(row, 128 + SIGKILL, {"kind": "killed_before_start"})
         if row.step == "spawn":
-            return self._lost("it could not be started in time: its host did not answer")
+            return self._lost(f"it could not be started in time: {row.error_detail or 'its host did not answer'}")
         return self._gone(row) if row.step == "store" else None
 
     def on_exception(self, row: ExecutionRow, error: Exception) -> Outcome | None:

@@ -317,6 +317,7 @@ def test_a_start_has_a_deadline_and_a_running_command_none(create, fake):
     run(pk)
     done = run(pk, seconds=services.START_WITHIN_SECONDS + 1)
     assert (done.status, done.exit_status, done.reason["kind"]) == ("completed", -1, "lost")
+    assert "nothing answers" in done.reason["detail"]
     fake.unreachable = False
     other = create()
     run(other)
