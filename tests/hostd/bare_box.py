@@ -159,7 +159,7 @@ class Host:
     def __init__(self) -> None:
         self.directory = tempfile.mkdtemp(prefix="berth-hb-")
         os.chmod(self.directory, 0o711)
-        self.config = Config(run=self.directory + "/run", root=self.directory)
+        self.config: Any = Config(run=self.directory + "/run", root=self.directory)
         os.mkdir(self.config.run, 0o700)
         self.conn = keeper_spec.start_zygote(self.config)
         self.boxes: list[Box] = []

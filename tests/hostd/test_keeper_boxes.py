@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,7 @@ class RealBox(Box):
         self.link = self.connect()
         host.boxes.append(self)
 
-    def spawn(self, name: str, command: str | None = None, **body: object) -> dict:
+    def spawn(self, name: str, command: str | None = None, **body: Any) -> Any:
         body.setdefault("user", USER)
         return super().spawn(name, command, **body)
 
