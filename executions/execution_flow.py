@@ -114,9 +114,20 @@ class ExecutionFlow(Flow[ExecutionRow]):
                 return self._lost(error.message)
             case "bad_request" | "too_large":
                 return self._ended(row, -1, {"kind": "exec_failed", "detail": error.message})
-            case "unknown_box" if row.attempts >= BOX_GONE_TRIES or not _runs(row.devbox_id):
-                return self._lost("its devbox was gone")
+            case "unknown_box":
+                return self._without_box(row)
         return None
+
+    def _without_box(self, row: ExecutionRow) -> Outcome | None:
+        """The host has no such box: believed at once when the devbox is over, else only after it said so repeatedly."""
+        status = Devbox.objects.values_list("status", flat=True).get(pk=row.devbox_id)
+        if status == "shutdown":
+            # Closed here, too, because the row may have been made just after the devbox closed its others.
+            gone = {} if row.step == "spawn" else {"kept": Kept.NOWHERE}
+            return self._ended(row, 128 + SIGKILL, {"kind": "devbox_ended"}, gone)
+        if status == "running" and row.attempts < BOX_GONE_TRIES:
+            return None
+        return self._lost("its devbox was gone")
 
     # The steps.
 
@@ -243,10 +254,6 @@ class ExecutionFlow(Flow[ExecutionRow]):
                 "deadline_at": None,
             }
         )
-
-
-def _runs(devbox_id: str) -> bool:
-    return Devbox.objects.filter(pk=devbox_id, status="running").exists()
 
 
 execution_flow = ExecutionFlow()

@@ -389,13 +389,22 @@ def test_a_box_that_is_gone_from_under_a_running_devbox_is_not_believed_at_once(
     assert (last.status, last.exit_status) == ("completed", -1)
 
 
-def test_a_box_that_is_gone_with_its_devbox_ends_it(create, fake, devbox):
+@pytest.mark.parametrize(
+    ("status", "step", "exit_status", "kind"),
+    [("shutdown", "gone", 137, "devbox_ended"), ("failure", "failed", -1, "lost")],
+)
+@pytest.mark.parametrize("started", [True, False])
+def test_a_box_that_is_gone_with_its_devbox_ends_it(create, fake, devbox, status, step, exit_status, kind, started):
     from devboxes.models import Devbox
 
     pk = create()
-    Devbox.objects.filter(pk=devbox).update(status="shutdown", step="teardown")
-    fake.fail("spawn", HostRefused("unknown_box", "no such box"))
-    assert run(pk).exit_status == -1
+    if started:
+        run(pk)
+    Devbox.objects.filter(pk=devbox).update(status=status, step=step)
+    fake.destroy(box=devbox, fence=2)
+    done = run(pk)
+    assert (done.status, done.exit_status, done.reason["kind"]) == ("completed", exit_status, kind)
+    assert done.kept == ("row" if status == "shutdown" and not started else "nowhere")
 
 
 # --- what is expected, and the end of the devbox ---
