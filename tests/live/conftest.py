@@ -20,7 +20,7 @@ import psycopg
 import pytest
 
 from config import first, sdk, traces
-from config.state import CHECKOUT, State
+from config.state import CHECKOUT, State, free_port
 
 #: How long the first start may take where the image has to be built.
 UP_WITHIN = 420.0
@@ -32,6 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "berth" in getattr(item, "fixturenames", ()) or item.get_closest_marker("live"):
             item.add_marker("live")
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(600))  # the first one waits for the whole start
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
@@ -64,16 +66,16 @@ class Up:
             )
         while "Ctrl-C ends" not in self.said():
             if self.process.poll() is not None:
-                raise AssertionError(f"make up ended with {self.process.returncode}:\n{self.said()}\n{self.logs()}")
+                raise AssertionError(f"make up ended with {self.process.returncode}:\n{self.logs()}\n{self.said()}")
             if time.monotonic() - began > within:
-                raise AssertionError(f"make up was not ready within {within} s:\n{self.said()}\n{self.logs()}")
+                raise AssertionError(f"make up was not ready within {within} s:\n{self.logs()}\n{self.said()}")
             time.sleep(0.1)
         return time.monotonic() - began
 
     def said(self) -> str:
         return self.output.read_text()
 
-    def logs(self, lines: int = 15) -> str:
+    def logs(self, lines: int = 8) -> str:
         tails = []
         for path in sorted(self.state.logs.glob("*.log")):
             tails.append(f"== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-lines:]))
@@ -219,7 +221,8 @@ print(json.dumps([[key(account, name), account.pk] for name, account in parties]
 def berth(live_folder: Path) -> Iterator[Berth]:
     """A running installation with a first devbox, an owner, a colleague and a stranger.  Nothing is left of it
     afterwards."""
-    up = Up(live_folder / "s", BERTH_POOL_GB="12")
+    fault = str(live_folder / "fault")
+    up = Up(live_folder / "s", BERTH_POOL_GB="12", BERTH_BIND=f"127.0.0.1:{free_port()}", BERTH_FAULT_FILE=fault)
     up.state.create()
     marks = traces.Marks.of(up.state)
     try:
