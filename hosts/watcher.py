@@ -27,7 +27,8 @@ from hosts.policy import policy
 from hosts.streams import Watching
 from hosts.upkeep import WrongHost, keep_up
 
-LEASE_SECONDS: Final = 10
+LEASE_SECONDS: Final = 6
+"""Shorter than SILENT_AFTER, so that a watcher that was killed is replaced before its hosts count as silent."""
 ROUND_SECONDS: Final = 2.0
 """How often leases are renewed and shared out anew."""
 REPORT_SECONDS: Final = 30.0
