@@ -27,6 +27,7 @@ _EVENT_BYTES = 512  # what an event costs besides its line
 WATCHERS_MAX = 64
 STUCK_SECONDS = 30.0  # a watcher that takes no byte for so long is disconnected; it will ask again
 _CHUNK = 256 * 1024
+_CHUNKS_AT_ONCE = 8
 
 log = logging.getLogger("hostd.events")
 
@@ -205,7 +206,7 @@ class Watcher:
 
     def _write(self) -> None:
         try:
-            while True:
+            for _ in range(_CHUNKS_AT_ONCE):
                 if not self._out:
                     self._out = memoryview(self._next())
                     if not self._out:
@@ -213,6 +214,8 @@ class Watcher:
                 sent = self._connection.send(self._out)
                 self._out = self._out[sent:]
                 self._moved_at = time.monotonic()
+            else:
+                raise BlockingIOError  # others want to be heard as well
         except BlockingIOError:
             if not self._writing:
                 self._writing = True

@@ -84,6 +84,7 @@ class Link:
     paused: bool = False
     writing: bool = False
     gone: bool = False  # the box is being destroyed
+    lost: bool = False  # nobody can tell any more what became of its executions
     task: asyncio.Task[None] | None = None
     opened_at: float = float("-inf")
     hasty: int = 0
@@ -163,7 +164,8 @@ class Keepers:
                 self._events.add(box, BOX_EXIT_ID, {**record.ended, "box": box})
         elif not self._watch_init(link):
             self._ended(link, None)
-        if record.boot_id == self._boot_id:
+        link.lost = record.boot_id != self._boot_id
+        if not link.lost:
             link.task = asyncio.get_running_loop().create_task(self._open(link))
         return link
 
@@ -225,8 +227,17 @@ class Keepers:
                 return
             except (OSError, Refused) as error:
                 log.warning("keeper of %s: %s", link.record.slot, error)
+                if isinstance(error, Refused) and error.code == "not_ready" and link.record.ended is not None:
+                    # A keeper is not born without a living box, so what this one knew is not to be had any more.
+                    self._give_up(link)
+                    return
             await asyncio.sleep(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)])
             attempt += 1
+
+    def _give_up(self, link: Link) -> None:
+        link.lost = True
+        while link.pending:
+            _refuse(link.pending.popleft().connection, Refused("lost", "the box and its keeper have ended"))
 
     async def _revive(self, link: Link) -> None:
         record = link.record
@@ -307,8 +318,8 @@ class Keepers:
         if link is None:
             _refuse(connection, Refused("unknown_box", "no such box is up on this host"))
             return
-        if link.record.boot_id != self._boot_id:
-            _refuse(connection, Refused("lost", "the host was restarted under this box"))
+        if link.lost:
+            _refuse(connection, Refused("lost", "the box and its keeper have ended"))
             return
         message: dict[str, Any] = {"connection": request}
         if rest:
@@ -348,9 +359,7 @@ class Keepers:
 
     async def executions(self, link: Link) -> list[dict[str, Any]] | None:
         """What the keeper knows, as `list` answers; None when it does not answer within :data:`LIST_SECONDS`."""
-        if link.record.boot_id != self._boot_id:
-            return []
-        if link.box is None:
+        if link.lost or link.box is None:
             return []
         ours, theirs = socket.socketpair()
         ours.setblocking(False)

@@ -27,6 +27,7 @@ from hostd import boxes, config, images, jobs, keeper_spec, keepers, namespaces,
 from hostd.boxes import Slot, SlotState
 from hostd.config import HostConfig
 from hostd.keepers import start_time
+from hostd.messages import Refused
 
 IMAGE = "img_stub"
 
@@ -109,6 +110,8 @@ def start_keeper(cfg: HostConfig, slot: str) -> int:
 
 
 def restart_keeper(cfg: HostConfig, slot: str, n: int, spec: dict[str, Any]) -> dict[str, Any]:
+    if not Path(cfg.run, "stub-keeper", slot).exists():
+        raise Refused("not_ready", "the box is not up")
     pid = int(Path(cfg.run, "stub-keeper", slot).read_text())
     if start_time(pid) is None:
         pid = start_keeper(cfg, slot)

@@ -296,6 +296,22 @@ def test_a_restart_of_the_machine(host: Host):
     host.client.destroy(box, 2)
 
 
+def test_a_box_whose_keeper_cannot_be_had_any_more(host: Host):
+    host.start()
+    box, exe = new_id("dbx"), new_id("exe")
+    up = host.create(box)
+    host.client.spawn(box, exe, "exit 1")
+    host.kill()
+    for pid in (up["init_pid"], up["keeper_pid"]):
+        os.kill(pid, signal.SIGKILL)
+    (host.folder / "run" / "stub-keeper" / up["slot"]).unlink()  # its zygote died as well
+    host.start()
+    until(lambda: host.report()[box]["executions"] == [])
+    assert host.report()[box]["state"] == "down"
+    assert code(lambda: host.client.call("state", box=box, id=exe)) == "lost"
+    host.client.destroy(box, 2)
+
+
 def test_hostd_killed_in_the_middle_of_a_boot(host: Host):
     host.environment["STUB_BOOT_SECONDS"] = "20"
     host.start()
