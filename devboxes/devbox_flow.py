@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from accounts.sealing import SealBroken
 from devboxes import launch, logs, states
 from devboxes.models import Devbox
 from flows.engine import Flow, Row, Settled
@@ -142,6 +143,8 @@ class DevboxFlow(Flow[DevboxRow]):
                 return fail("out_of_disk", f"its host has no space left: {error.message}")
             if error.code in ("unknown_image", "unknown_box", "lost", "bad_request", "unknown_verb"):
                 return fail("health_check_failed", f"its host refused {row.step}: {error.message}")
+        if isinstance(error, SealBroken):
+            return fail("execution_failed", f"what it was made with cannot be read any more: {error}")
         if isinstance(error, HostUnreachable) and row.host_id and host_is_lost(row.host_id):
             return fail("health_check_failed", f"its host was lost: {error.reason}")
         return None

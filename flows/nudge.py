@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 TIMEOUT_SECONDS = 0.5
 CONNECT_TIMEOUT_SECONDS = 0.3
 DOWN_FOR_SECONDS = 1.0
+COMPLAIN_EVERY_SECONDS = 60.0
 
 
 class Broker:
@@ -33,6 +34,7 @@ class Broker:
         self._lock = threading.Lock()
         self._client: redis.Redis | None = None
         self._down_until = 0.0
+        self._complained_at = -COMPLAIN_EVERY_SECONDS
 
     def _open(self) -> redis.Redis:
         with self._lock:
@@ -64,8 +66,11 @@ class Broker:
                 # A pooled connection from before a restart: one fresh try, which fails at once if nobody listens.
                 client.execute_command(*words)  # type: ignore[no-untyped-call]
         except (redis.RedisError, OSError) as error:
-            self._down_until = time.monotonic() + DOWN_FOR_SECONDS
-            log.warning("Redis did not take %s: %s", words[0], error)
+            now = time.monotonic()
+            self._down_until = now + DOWN_FOR_SECONDS
+            if now - self._complained_at >= COMPLAIN_EVERY_SECONDS:
+                self._complained_at = now
+                log.warning("Redis does not take %s, the sweep and re-reads serve instead: %s", words[0], error)
             return False
         return True
 

@@ -205,3 +205,14 @@ def test_launch_work_that_takes_too_long_names_its_clock(caller: Caller, fake: F
     work()
     devbox = row(devbox_id)
     assert devbox.failure_reason == "execution_failed" and "took longer than 3600 s" in devbox.why
+
+
+def test_secrets_whose_key_is_gone_fail_the_devbox(caller: Caller, fake: FakeHost, settings: Any) -> None:
+    from accounts.sealing import new_seal_key
+
+    devbox_id = create(caller, entrypoint="serve", environment_variables={"A": "b"})
+    settings.SEAL_KEYS = [new_seal_key()]
+    work()
+    devbox = row(devbox_id)
+    assert (devbox.step, devbox.failure_reason) == ("failed", "execution_failed")
+    assert "BERTH_SEAL_KEYS" in devbox.why and fake.boxes == {}

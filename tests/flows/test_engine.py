@@ -500,7 +500,7 @@ def test_finish_completes_a_batch_whoever_holds_it(flow: JobFlow, published: Log
     held = flow.claim("job_a")
     assert held is not None
     Job.objects.filter(pk="job_c").update(completed_at=held.now)
-    entries = {
+    entries: dict[str, dict[str, Any]] = {
         pk: {"note": f"end {pk}", "facts": {"code": n}, "data": b"\0x"} for n, pk in enumerate(("job_a", "job_b"))
     }
     entries["job_c"] = {"note": "late", "facts": {}, "data": None}
