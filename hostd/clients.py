@@ -71,18 +71,18 @@ class Clients:
     def take(self, descriptor: int, request: object, rest: bytes) -> None:
         """Take over a stream socket whose first request line hostd has read."""
         sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, descriptor)
-        if len(self.all) >= MAX_CLIENTS or not isinstance(request, dict):
-            refusal = Refused("busy", f"{MAX_CLIENTS} connections to this box are open") if self.all else None
-            answer = (refusal or requests.bad("the request is not an object")).reply()
-            try:
-                sock.send(packets.dumps(answer) + b"\n", _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL)
-            except OSError:
-                pass
-            sock.close()
+        if isinstance(request, dict) and len(self.all) < MAX_CLIENTS:
+            client = Client(self, sock, rest)
+            self.all.add(client)
+            client.begin(request)
             return
-        client = Client(self, sock, rest)
-        self.all.add(client)
-        client.begin(request)
+        busy = Refused("busy", f"{MAX_CLIENTS} connections to this box are open")
+        refusal = busy if isinstance(request, dict) else requests.bad("the request is not an object")
+        try:
+            sock.send(packets.dumps(refusal.reply()) + b"\n", _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL)
+        except OSError:
+            pass
+        sock.close()
 
     def sweep(self) -> None:
         """Close the connections whose time is up."""
@@ -448,9 +448,16 @@ def _forget(client: Client, executions: Executions, request: dict[str, Any], bod
     client.answer({"ok": True})
 
 
-def _follow(client: Client, executions: Executions, request: dict[str, Any], body: bytes) -> None:
+def _stream(executions: Executions, request: dict[str, Any]) -> tuple[Execution, Stream]:
     execution = executions.find(requests.execution_id(request))
     stream = execution.streams[requests.stream_number(request) - 1]
+    if stream.removed:
+        raise Refused("unknown_id", f"the output of {execution.id} is not kept here any more")
+    return execution, stream
+
+
+def _follow(client: Client, executions: Executions, request: dict[str, Any], body: bytes) -> None:
+    execution, stream = _stream(executions, request)
     offset = requests.whole(request, "offset", 0, 1 << 62, default=0)
     answer: dict[str, Any] = {"ok": True, "offset": offset}
     if stream.hole and stream.hole[0] <= offset < stream.hole[1]:
@@ -460,8 +467,7 @@ def _follow(client: Client, executions: Executions, request: dict[str, Any], bod
 
 
 def _read(client: Client, executions: Executions, request: dict[str, Any], body: bytes) -> None:
-    execution = executions.find(requests.execution_id(request))
-    stream = execution.streams[requests.stream_number(request) - 1]
+    _, stream = _stream(executions, request)
     offset = requests.whole(request, "offset", 0, 1 << 62, default=0)
     limit = requests.whole(request, "limit", 0, requests.READ_BYTES, default=requests.READ_BYTES)
     answer: dict[str, Any] = {"ok": True, "size": stream.size}

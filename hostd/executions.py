@@ -38,11 +38,14 @@ if TYPE_CHECKING:
 
 MAX_RUNNING = 512
 """Commands that run, or whose pipes are still held by what they left behind."""
+MAX_KNOWN = 20_000
+"""Commands that are known at all: only a control plane that acknowledges nothing comes near it."""
 REMEMBERED = 2000
 """Acknowledged commands that stay known."""
 INLINE_BYTES = 65536
 """Outputs up to this size together travel in the exit event."""
 RETRY_S = 0.5
+TRACED_S = 0.1
 EXIT_PATIENCE_S = 5.0
 """How long a successor waits for the zygote to say how a command ended that was not its own child."""
 LOST = -1
@@ -161,6 +164,8 @@ class Executions:
             raise Refused("not_ready", "the box has stopped")
         if self._active >= MAX_RUNNING:
             raise Refused("busy", f"{MAX_RUNNING} commands run in this box already")
+        if len(self.known) >= MAX_KNOWN:
+            raise Refused("busy", f"{MAX_KNOWN} commands of this box wait to be acknowledged")
         execution = self._new(name, fence)
         given = sealed_input(command.input) if command.input is not None else None
         order = Order(command.message, given)
@@ -340,7 +345,7 @@ class Executions:
         execution.exec_error = message
 
     def _signal(self, execution: Execution, signal: int, group: bool) -> None:
-        if not execution.killed:
+        if execution.killed != signal:
             self._write(execution, {"kill": signal})
         execution.killed = signal
         try:
@@ -361,13 +366,17 @@ class Executions:
         except ChildProcessError:
             self._ask_kernel(execution, time.monotonic() + EXIT_PATIENCE_S)
             return
-        if seen is None:
-            self._poller.on(execution.pidfd, lambda _: self._dead(execution))
+        if seen is None:  # somebody in the box traces it, and has to let go first
+            self._poller.after(TRACED_S, lambda: self._look_again(execution))
             return
         execution.reap = True
         status = seen.si_status << 8 if seen.si_code == os.CLD_EXITED else seen.si_status
         self._spawner.read_waiting()  # the child says why it could not exec before it exits
         self.ended(execution, status)
+
+    def _look_again(self, execution: Execution) -> None:
+        if execution.status is None and execution.pidfd >= 0:
+            self._poller.on(execution.pidfd, lambda _: self._dead(execution))
 
     def _ask_kernel(self, execution: Execution, deadline: float) -> None:
         """A dead keeper's child: its parent, the zygote, tells us how it ended; a newer kernel does so as well."""

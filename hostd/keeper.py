@@ -14,6 +14,7 @@ from __future__ import annotations
 import _socket
 import gc
 import os
+import struct
 import time
 
 from hostd import packets, polling, procs, requests
@@ -32,6 +33,7 @@ MAX_LINKS = 8
 """Connections of hostd: one, and those of a predecessor that has not ended yet."""
 BACKLOG = 64
 TICK_S = 10.0
+PARK_S = 2
 FILTER_BYTES = 1 << 19
 
 
@@ -90,6 +92,11 @@ def keep(given: Inheritance) -> None:
     keeper.poller.run()
 
 
+def _bound_sends(sock: _socket.socket) -> None:
+    """A zygote that reads nothing must not stop the box: after a while we go on without parking."""
+    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, struct.pack("ll", PARK_S, 0))
+
+
 class HostdLink:
     """One connection of hostd: events wait here until its queue takes them."""
 
@@ -113,6 +120,7 @@ class Keeper:
         one = dict(given.descriptors)
         self._init, self._oom, self._out = one["init"], one.get("oom", -1), one["out"]
         self._zygote: _socket.socket | None = given.link
+        _bound_sends(given.link)
         self._spawner_process: tuple[int, int] | None = None
         self._links: list[HostdLink] = []
         self._listener = self._listen(one["listen"])
@@ -236,6 +244,7 @@ class Keeper:
             self.poller.off(self._zygote.fileno())
             self._zygote.close()
         self._zygote = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, descriptor)
+        _bound_sends(self._zygote)
         self.poller.on(descriptor, lambda _: self._on_zygote())
         self._park({"listen": True}, [self._listener.fileno()])
         if self._spawner_process is not None:

@@ -20,6 +20,9 @@ READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 HANGUP = select.EPOLLHUP | select.EPOLLERR
 
+LOG_BYTES = 8 << 20
+"""A longer log starts over: nobody rotates it, and a box must not fill the disk through it."""
+
 
 class Timer:
     """A call that is due at `when` (monotonic seconds)."""
@@ -99,9 +102,11 @@ class Poller:
 
 
 def log(text: str) -> None:
-    """Write one line to standard error, which is the zygote's log file."""
+    """Write one line to standard error, which is the log file of the zygote and all its children."""
     with_time = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} [{os.getpid()}] {text}\n"
     try:
+        if os.fstat(2).st_size > LOG_BYTES:
+            os.ftruncate(2, 0)
         os.write(2, with_time.encode("utf-8", "backslashreplace"))
     except OSError:
         pass

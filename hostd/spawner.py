@@ -177,7 +177,9 @@ def _start(sock: _socket.socket, request: dict[str, Any], given: list[int]) -> N
             stdin, _ = _pipe(user, theirs, ours)
             roles.append("stdin")
         else:
-            stdin = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            # Whatever the box's root has put in its place must not stop us.
+            stdin = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+            os.set_blocking(stdin, True)
             theirs.append(stdin)
         ends = []
         for role in ("1", "2"):

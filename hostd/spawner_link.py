@@ -75,6 +75,7 @@ class SpawnerLink:
         self._carrier = 0
         self._pid, self._pidfd = 0, -1
         self._up = False
+        self._watched = False
         self._tries = 0
         self._timer: polling.Timer | None = None
         self._counter = 0
@@ -122,23 +123,29 @@ class SpawnerLink:
         self._sock, self._carrier = spawner.give_birth(self._shell)
         self._pid, self._pidfd, self._up = 0, -1, False
         self._poller.on(self._sock.fileno(), lambda _: self._readable())
-        self._watch(self._sock)
+        self._watched = False
+        self._watch()
 
-    def _watch(self, sock: _socket.socket) -> None:
-        self._poller.after(ANSWER_S, lambda: self._check(sock))
+    def _watch(self) -> None:
+        """Have a look in ANSWER_S: armed while something is awaited, so an idle keeper sleeps."""
+        sock = self._sock
+        if not self._watched and sock is not None:
+            self._watched = True
+            self._poller.after(ANSWER_S, lambda: self._check(sock))
 
     def _check(self, sock: _socket.socket) -> None:
-        """Is it still answering? One timer a spawner, every ANSWER_S."""
+        """Is it still answering?"""
         if self._sock is not sock:
             return
+        self._watched = False
         now = time.monotonic()
         oldest = next(iter(self._asked.values()), None)
         if not self._up:
             self._gone(f"not up after {ANSWER_S:g} s")
         elif oldest is not None and now - oldest.since > ANSWER_S:
             self._gone(f"no answer for {ANSWER_S:g} s")
-        else:
-            self._watch(sock)
+        elif oldest is not None:
+            self._watch()
 
     def _readable(self) -> None:
         for _ in range(IN_FLIGHT * 2):
@@ -226,6 +233,7 @@ class SpawnerLink:
                 order.number = self._counter
             order.since = time.monotonic()
             self._asked[order.number] = order
+            self._watch()
             try:
                 self._send(order)
             except OSError as error:

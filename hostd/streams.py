@@ -74,6 +74,7 @@ class Stream:
         "number",
         "pipe",
         "punching",
+        "removed",
         "sealed",
         "size",
         "stalled",
@@ -90,6 +91,7 @@ class Stream:
         self.hole: tuple[int, int] | None = None  # what the cap dropped: [start, end)
         self.sealed = False
         self.stalled = False  # the pool is full
+        self.removed = False
         self._file = -1
         self._late = 0
         self._timer: polling.Timer | None = None
@@ -113,10 +115,18 @@ class Stream:
             self.size = os.stat(self.name, dir_fd=self._directory).st_size if size is None else size
         except FileNotFoundError:
             self.size = 0
+        self.removed = self.size > 0 and not self._exists()
         try:
             self._late = os.stat(self.name + ".late", dir_fd=self._directory).st_size
         except FileNotFoundError:
             pass
+
+    def _exists(self) -> bool:
+        try:
+            os.stat(self.name, dir_fd=self._directory)
+        except FileNotFoundError:
+            return False
+        return True
 
     def drain(self) -> bool:
         """Move what is in the pipe at this moment, whatever the rate; False when the pool is full."""
@@ -166,6 +176,7 @@ class Stream:
 
     def remove(self) -> None:
         """Delete what was kept. The pipe goes on being drained."""
+        self.removed = self.size > 0
         for name in (self.name, self.name + ".late"):
             try:
                 os.unlink(name, dir_fd=self._directory)

@@ -152,8 +152,8 @@ class Zygote:
         if "listen" not in roles or "out" not in roles or "init" not in roles:
             raise Refused("bad_request", "a keeper needs the descriptors listen, out and init")
         slot = Slot(spec, list(zip(roles, descriptors, strict=True)))
-        self.slots[slot.name] = slot
         self._fork(slot, proof=True)
+        self.slots[slot.name] = slot
         return self._where(slot)
 
     def _restart(self, conn: _socket.socket, message: dict[str, Any], descriptors: list[int]) -> dict[str, Any] | None:
@@ -397,18 +397,33 @@ class Zygote:
             except ProcessLookupError:
                 pass
         now = time.monotonic()
-        if not strangers and (len(slot.deaths) < QUICK_DEATHS or now - slot.deaths[-1] > BACK_OFF_S):
-            self._fork(slot, proof=slot.ours)
-            for conn, _ in slot.waiting:
-                self._reply(conn, self._where(slot))
-            slot.waiting = []
+        if not any(role == "listen" for role, _ in slot.descriptors):
+            self._give_up(slot)
             return
+        if not strangers and (len(slot.deaths) < QUICK_DEATHS or now - slot.deaths[-1] > BACK_OFF_S):
+            try:
+                self._fork(slot, proof=slot.ours)
+            except OSError as error:
+                polling.log(f"no successor for {slot.name} yet: {error}")
+            else:
+                for conn, _ in slot.waiting:
+                    self._reply(conn, self._where(slot))
+                slot.waiting = []
+                return
         late = [conn for conn, deadline in slot.waiting if now > deadline]
         slot.waiting = [(conn, deadline) for conn, deadline in slot.waiting if now <= deadline]
         for conn in late:
             text = f"{len(strangers)} processes of the dead keeper are still alive after {CLEAR_DEADLINE_S:g} s"
             self._reply(conn, {"error": {"code": "busy", "message": text}})
         self.poller.after(CLEAR_TRY_S if now - slot.deaths[-1] < 1 else 0.1, lambda: self._clear(slot))
+
+    def _give_up(self, slot: Slot) -> None:
+        """An adopted keeper died before it had parked its listening socket: hostd has to start one anew."""
+        for conn, _ in slot.waiting:
+            text = "the keeper died before it had introduced itself to this zygote"
+            self._reply(conn, {"error": {"code": "unknown_slot", "message": text}})
+        del self.slots[slot.name]
+        slot.close()
 
     def _strangers(self, slot: Slot) -> list[int]:
         """Return living children of the dead keeper that it never parked.

@@ -142,6 +142,16 @@ def test_kills_with_a_real_box(box: RealBox) -> None:
     assert (answer["exit"], text(answer)) == (9, "".join(f"{i}\n" for i in range(1, 201)))
 
 
+def test_devices_that_are_none(box: RealBox) -> None:
+    """The box's root may put anything in the place of a file: no command hangs for it, no spawner either."""
+    box.run("exe_fake", "rm /dev/null; mkfifo -m 666 /dev/null; mv /etc/group /etc/g; mkfifo /etc/group", user=ROOT)
+    assert text(box.run("exe_with", "echo fine")) == "fine\n"
+    os.kill(box.spawner(), signal.SIGKILL)
+    assert text(box.run("exe_again", "echo fine")) == "fine\n"
+    mend = "rm /dev/null /etc/group; mv /etc/g /etc/group; mknod -m 666 /dev/null c 1 3; ls -l /dev/null"
+    box.run("exe_mend", mend, user=ROOT)
+
+
 def test_a_fork_bomb_ends_in_refusals(box: RealBox) -> None:
     box.spawn("exe_bomb", "bomb() { bomb | bomb & }; bomb; sleep 2")
     answer = box.spawn("exe_under", "true", hold_ms=3000)

@@ -410,6 +410,7 @@ def test_list_ack_and_forget(box: Box, name: str) -> None:
     assert box.spawn(name, "echo again")["sizes"] == [100_005, 0], "still known"
     assert box.ask(verb="forget", ids=[name])["ok"]
     assert not os.path.exists(f"{box.out}/{name}.1")
+    assert box.ask(verb="follow", id=name, stream="stdout")["error"]["code"] == "unknown_id"
 
 
 def test_at_once(box: Box, name: str) -> None:
@@ -430,6 +431,20 @@ def test_at_once(box: Box, name: str) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_traced_command(box: Box, name: str) -> None:
+    """Its tracer hears of the exit first; then we do, and do not spin meanwhile."""
+    script = (
+        "import ctypes,sys,time\nlibc=ctypes.CDLL(None)\nlibc.ptrace.argtypes=[ctypes.c_long]*4\npid=int(sys.argv[1])\n"
+        "assert libc.ptrace(0x4206,pid,0,0)==0\nprint('traced',flush=True)\ntime.sleep(0.6)"
+    )
+    box.spawn(name, "sleep 0.3; exit 4")
+    inside = text(box.run(name + "p", "pgrep -f 'sleep 0.3; exit 4' | head -1")).strip()
+    box.spawn(name + "t", argv=["/usr/bin/python3", "-c", script, inside])
+    answer = box.wait(name)
+    assert answer["exit"] == 4
+    assert box.wait(name + "t")["exit"] == 0
 
 
 def test_nothing_of_the_machine_leaks_into_a_command(box: Box, name: str) -> None:
