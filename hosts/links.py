@@ -34,6 +34,8 @@ CHANNELS_EACH: Final = 200
 WHERE_SECONDS: Final = 2.0
 REFUSED_PAUSES: Final = (0.02, 0.06)
 """Pauses (times 0.5..1.5) before a refused socket is believed: a full backlog refuses at once, too."""
+FAIR_SECONDS: Final = 1.0
+"""A connection is given up only when it had this long to answer, however little of a call's time was left."""
 BREAK_AT: Final = 4
 OPEN_SECONDS: Final = (0.5, 10.0)
 TRIAL_SECONDS: Final = 5.0
@@ -187,6 +189,7 @@ class Link:
         refused, redialled, woken = 0, False, False
         while True:
             transport = self._transport(where, deadline, bulk)
+            began = time.monotonic()
             try:
                 return transport.open_stream(where.socket_path, deadline, window)
             except ssh.ConnectionCut:
@@ -195,7 +198,8 @@ class Link:
                     raise
                 redialled = True
             except ssh.TimedOut:
-                self.drop(transport)  # an open takes a millisecond: whoever does not answer it is gone
+                if time.monotonic() - began > FAIR_SECONDS:  # an open takes a millisecond: nobody is there
+                    self.drop(transport)
                 raise
             except ssh.SocketRefused:
                 if refused >= len(REFUSED_PAUSES):
@@ -257,7 +261,7 @@ class Link:
         if not transport.active:
             self.drop(transport)
             self.breaker.failed(str(error), 1)  # cut: the dial that follows tells more
-        elif transport.heard_at < since:
+        elif transport.heard_at < since and time.monotonic() - since > FAIR_SECONDS:
             self.drop(transport)
             self.breaker.failed(str(error), 2)
         else:

@@ -18,7 +18,17 @@ from typing import Final
 from api.threads import in_database
 from hosts import ssh
 from hosts.errors import HostUnreachable
-from hosts.links import BULK_TRANSPORTS, CHANNELS_EACH, REFUSED_PAUSES, SLOT_SECONDS, Breaker, Broken, Where, where_is
+from hosts.links import (
+    BULK_TRANSPORTS,
+    CHANNELS_EACH,
+    FAIR_SECONDS,
+    REFUSED_PAUSES,
+    SLOT_SECONDS,
+    Breaker,
+    Broken,
+    Where,
+    where_is,
+)
 from hosts.revival import revive
 
 CALLS_AT_ONCE: Final = 256
@@ -98,6 +108,7 @@ class LoopLink:
         while True:
             where = await self.where()
             transport = await self._transport(where, deadline, bulk)
+            began = time.monotonic()
             try:
                 return await transport.open(where.socket_path, deadline - time.monotonic(), window)
             except ssh.ConnectionCut:
@@ -106,7 +117,8 @@ class LoopLink:
                     raise
                 redialled = True
             except ssh.TimedOut:
-                self.drop(transport)
+                if time.monotonic() - began > FAIR_SECONDS:
+                    self.drop(transport)
                 raise
             except ssh.SocketRefused:
                 if refused >= len(REFUSED_PAUSES):
@@ -201,7 +213,7 @@ class LoopLink:
     def unanswered(self, stream: ssh.LoopStream, since: float, error: ssh.SshError) -> None:
         """A call over that stream got no answer; see `links.Link.unanswered`."""
         transport = stream.transport
-        quiet = transport.active and transport.heard_at < since
+        quiet = transport.active and transport.heard_at < since and time.monotonic() - since > FAIR_SECONDS
         if quiet or not transport.active:
             self.drop(transport)
         self.failed(str(error), 2 if quiet else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import sys
 from argparse import ArgumentParser
 from typing import Any
 
@@ -44,7 +45,12 @@ class Command(BaseCommand):
             expected = options["host_key"]
             if expected:
                 return " ".join(expected.split()[:2]) == host_key or expected.strip() == fingerprint
-            return options["yes"] or input("is it that machine's? [y/N] ").strip().lower() in ("y", "yes")
+            if options["yes"]:
+                return True
+            if not sys.stdin.isatty():
+                self.stderr.write("nobody can be asked whether that is right: give --host-key, or --yes to take it")
+                return False
+            return input("is it that machine's? [y/N] ").strip().lower() in ("y", "yes")
 
         try:
             wanted = Wanted(
