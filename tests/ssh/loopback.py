@@ -166,6 +166,7 @@ class StubHostd:
         self.requests: list[dict[str, Any]] = []
         self.bodies: list[bytes] = []
         self.open = 0
+        self.accepted = 0
         self.sent = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -199,6 +200,7 @@ class StubHostd:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.open += 1
+        self.accepted += 1
         try:
             while line := await reader.readline():
                 asked = json.loads(line)

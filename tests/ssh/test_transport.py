@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from hosts import ssh
-from tests.ssh.conftest import ask, soon
+from tests.ssh.conftest import ask, ask_to_the_end, soon
 from tests.ssh.loopback import Sshd, StubHostd, started
 
 MIB = 1 << 20
@@ -64,7 +64,7 @@ def test_an_answer_followed_by_the_end_is_not_held_back_by_nagle(sshd: Sshd, stu
     times = []
     for _ in range(60):
         started_at = time.monotonic()
-        ask(transport, stub.path, verb="state")
+        ask_to_the_end(transport, stub.path, verb="state")
         times.append(time.monotonic() - started_at)
     assert sorted(times)[len(times) // 2] < 0.03, times  # Nagle against a delayed acknowledgement takes 0.04
     transport.close()
@@ -79,7 +79,7 @@ def test_hosts_that_close_first_survive_rekeys(sshd: Sshd, stub: StubHostd) -> N
     def many() -> None:
         try:
             for _ in range(60):
-                ask(transport, stub.path, verb="state")
+                ask_to_the_end(transport, stub.path, verb="state")
         except BaseException as error:
             failures.append(error)
 
@@ -142,6 +142,7 @@ def test_a_late_success_is_closed_and_leaks_nothing(sshd: Sshd, stub: StubHostd)
             transport.open_stream(str(stub.path), soon(0.3))
     finally:
         os.kill(session, signal.SIGCONT)
+    eventually(lambda: stub.accepted == 1)  # late as it is, sshd has opened it
     eventually(lambda: transport.channels == 0 and stub.open == 0)
     assert ask(transport, stub.path, verb="state") == {"ok": True}
     transport.close()
