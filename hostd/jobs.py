@@ -7,21 +7,19 @@ does (`keeper`), who may ask (`verbs`).
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from hostd import boxes, keeper_spec, packets
+from hostd import boxes, bundle, keeper_spec, packets, zygotes
 from hostd.boxes import Limits
 from hostd.config import HostConfig
 from hostd.keeper_spec import KeeperSpec, ZygoteError
 from hostd.messages import Refused
+from hostd.zygotes import zygote
 
 _LINK_SECONDS = 5.0
 _CHECK_SECONDS = 20.0  # a shipped bundle must tell its version within this time
@@ -119,8 +117,10 @@ def adopt_keeper(cfg: HostConfig, slot: str, n: int, spec: dict[str, Any], pid: 
 
 
 def start_zygote(cfg: HostConfig) -> dict[str, Any]:
-    with zygote(cfg):
-        return {}
+    """After a zygote's death; a boot may have started the new one already."""
+    running = bundle.running_path()
+    zygotes.note(cfg, bundle.digest_of(running) if running else "")
+    return {}
 
 
 def thaw_all(cfg: HostConfig) -> dict[str, Any]:
@@ -165,19 +165,6 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
         check_bundle,
     )
 }
-
-
-@contextlib.contextmanager
-def zygote(cfg: HostConfig) -> Iterator[socket.socket]:
-    """A connection to the zygote, started if there is none. Two makers never start two."""
-    lock = os.open(f"{cfg.run}/zygote.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        conn = keeper_spec.start_zygote(cfg)
-    finally:
-        os.close(lock)
-    with conn:
-        yield conn
 
 
 def _close_when_read(link: socket.socket) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Awaitable, Callable
 from logging.handlers import RotatingFileHandler
 from typing import Any
 
-from hostd import bundle, jobs, keeper_spec, messages, namespaces, setup
+from hostd import bundle, jobs, keeper_spec, messages, namespaces, setup, zygotes
 from hostd.config import HostConfig
 from hostd.events import Events
 from hostd.fences import Fences
@@ -216,8 +216,11 @@ class Daemon:
         if not task.cancelled() and task.exception() is not None:
             log.error("a task failed", exc_info=task.exception())
 
-    async def serve(self) -> str | None:
-        """Serve until told to leave. Returns the digest of the bundle that is to take over, None to end."""
+    async def serve(self, orphaned: bool) -> str | None:
+        """Serve until told to leave. Returns the digest of the bundle that is to take over, None to end.
+
+        ``orphaned``: the keepers' zygote was replaced, and they are to be introduced to the new one.
+        """
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -227,6 +230,8 @@ class Daemon:
         self._makers.attach(loop)
         self._hold_zygote()
         await self.verbs.recover()
+        if orphaned:
+            await self.keepers.zygote_was_replaced()
         self._listen()
         own = [loop.create_task(self.verbs.warm.run()), loop.create_task(self._tick())]
         self._mark_current()
@@ -507,15 +512,15 @@ def serve(cfg: HostConfig, config_path: str, inherited: tuple[int, int] | None =
     namespaces.enter(cfg)
     # Inits of boxes become our children, so that their exit status can be told.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    with jobs.zygote(cfg):
-        pass
+    running = bundle.running_path()
+    orphaned = zygotes.ensure(cfg, bundle.digest_of(running) if running else "")
     makers = Makers(maker_count(), jobs.runner(cfg))
     daemon: Daemon | None = None
 
     async def main() -> str | None:
         nonlocal daemon
         daemon = Daemon(cfg, makers, listener, lock)
-        return await daemon.serve()
+        return await daemon.serve(orphaned)
 
     digest = asyncio.run(main())
     if digest is not None and daemon is not None:

@@ -16,14 +16,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # else the tree to be tested is on the path already, as a bundle
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hostd import boxes, config, images, jobs, keeper_spec, keepers, namespaces, packets, serve, setup
+from hostd import boxes, config, images, jobs, keeper_spec, keepers, namespaces, packets, serve, setup, zygotes
 from hostd.boxes import Slot, SlotState
 from hostd.config import HostConfig
 from hostd.keepers import start_time
@@ -148,11 +147,6 @@ def nothing(*_: Any, **__: Any) -> dict[str, Any]:
     return {}
 
 
-@contextlib.contextmanager
-def zygote(_: HostConfig) -> Iterator[None]:
-    yield
-
-
 def start_zygote(_: HostConfig) -> socket.socket:
     ours, theirs = socket.socketpair()
     theirs.detach()
@@ -170,7 +164,7 @@ def serve_stub(path: str, inherited: tuple[int, int] | None) -> int:
         jobs.JOBS[name] = globals()[name]
     for name in ("thaw_all", "start_zygote", "adopt_keeper", "drop_kept_disks"):
         jobs.JOBS[name] = nothing
-    jobs.zygote = zygote  # type: ignore[assignment]
+    zygotes.ensure = lambda *_: False  # type: ignore[assignment]
     keeper_spec.start_zygote = start_zygote  # type: ignore[assignment]
     namespaces.enter = setup.bring_up = nothing  # type: ignore[assignment]
     images.list_images = lambda _: [IMAGE]  # type: ignore[assignment]

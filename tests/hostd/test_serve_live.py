@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import os
 import random
 import signal
@@ -192,6 +193,10 @@ def test_everything_killed_at_once_but_the_box(host: LiveHost):
         os.kill(pid, signal.SIGKILL)
     until(lambda: not any(map(alive, victims)))
     host.start()
+    born = zygote(host)
+    host.kill()
+    host.start()
+    assert zygote(host) == born, "one of our own release is kept"
     state = insist(lambda: host.client.call("state", box=box, id=done))
     assert state["exit"] == 4 and outputs(state)[0] == b"kept\n"
     lost = host.client.wait(box, running)
@@ -208,15 +213,18 @@ def test_a_shipped_bundle_takes_over_while_a_command_runs(host: LiveHost):
     exe = new_id("exe")
     host.client.spawn(box, exe, WRITER)
     data = bundle.build().data + b"\0"  # a zip may be followed by anything: another digest, the same code
-    import hashlib
-
     digest = hashlib.sha256(data).hexdigest()
     host.client.call("ship", data, digest=digest)
-    pid = host.pid
+    pid, old_zygote = host.pid, zygote(host)
     with host.client.follow(box, exe) as follower:
         host.client.call("restart", digest=digest)
-        assert b"".join(follower) == WRITTEN
-    insist(lambda: host.client.call("hello"))
+        until(lambda: insist(lambda: host.client.call("hello"))["digest"] == digest)
+        assert zygote(host) != old_zygote, "keepers of new boxes are to be of the new release"
+        os.kill(host.client.create(box, host.image)["keeper_pid"], signal.SIGKILL)
+        with pytest.raises(ProtocolError):
+            b"".join(follower)
+    with host.client.follow(box, exe) as follower:  # from a successor, born of a zygote that never knew the command
+        assert b"".join(follower) == WRITTEN and follower.trailer is not None and follower.trailer["exit"] == 6
     assert host.client.call("hello")["digest"] == digest and host.pid == pid
     with host.client.watch() as watch:
         assert watch.next()["id"] == exe
