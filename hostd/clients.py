@@ -368,7 +368,9 @@ class Client:
             return True
         if not stream.sealed or execution.state != "exited":
             return False
-        self._end_follow({"complete": True, "exit": execution.exit, "reason": execution.reason})
+        # Without an exit it never ran: that is no complete output.
+        complete = execution.exit is not None
+        self._end_follow({"complete": complete, "exit": execution.exit, "reason": execution.reason})
         return True
 
     def _end_follow(self, trailer: dict[str, Any]) -> None:
@@ -405,7 +407,13 @@ def _spawn(client: Client, executions: Executions, request: dict[str, Any], body
         raise requests.bad(f"the body: {error}") from None
     execution = executions.spawn(name, fence, command)
 
+    answered = False
+
     def reply() -> None:
+        nonlocal answered
+        if answered:  # the exit and the end of the hold both come; by the second, another request may be busy
+            return
+        answered = True
         if executions.known.get(name) is execution:
             client.answer({"ok": True, **executions.shape(execution)})
         else:

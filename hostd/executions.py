@@ -207,6 +207,8 @@ class Executions:
         self, execution: Execution, request: str, data: bytes, eof: bool, reply: Callable[[dict[str, Any]], None]
     ) -> None:
         """Pass on bytes for standard input; raises Refused."""
+        if execution.state == "asked":
+            raise Refused("busy", "the command is being started")
         if execution.stdin is None or execution.state != "running":
             reply({"ok": True, "accepted": False})
         else:
@@ -336,6 +338,8 @@ class Executions:
         if execution.id in self._journal.facts:
             self._write(execution, {"gone": True})
         execution.state, execution.reason = "exited", {"code": code, "message": message}
+        for stream in execution.streams:
+            stream.seal()
         self._tell(execution)
 
     def _lost(self, execution: Execution, detail: str) -> None:

@@ -126,12 +126,12 @@ class SpawnerLink:
         self._watched = False
         self._watch()
 
-    def _watch(self) -> None:
-        """Have a look in ANSWER_S: armed while something is awaited, so an idle keeper sleeps."""
+    def _watch(self, seconds: float = ANSWER_S) -> None:
+        """Have a look some time from now: armed only while something is awaited, so an idle keeper sleeps."""
         sock = self._sock
         if not self._watched and sock is not None:
             self._watched = True
-            self._poller.after(ANSWER_S, lambda: self._check(sock))
+            self._poller.after(seconds, lambda: self._check(sock))
 
     def _check(self, sock: _socket.socket) -> None:
         """Is it still answering?"""
@@ -145,7 +145,7 @@ class SpawnerLink:
         elif oldest is not None and now - oldest.since > ANSWER_S:
             self._gone(f"no answer for {ANSWER_S:g} s")
         elif oldest is not None:
-            self._watch()
+            self._watch(max(0.05, oldest.since + ANSWER_S - now))
 
     def _readable(self) -> None:
         for _ in range(IN_FLIGHT * 2):

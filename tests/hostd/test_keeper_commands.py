@@ -279,6 +279,33 @@ def test_hold_ends_early_or_on_time(box: Box, name: str) -> None:
     assert 0.2 <= time.monotonic() - started < 0.8
 
 
+def test_the_end_of_a_hold_answers_nobody_else(box: Box, name: str) -> None:
+    """The exit comes after the answer, while another request of the same connection is busy."""
+    raw = json.dumps({"command": "sleep 0.3", "user": USER}).encode()
+    box.spawn(name + "f", "sleep 0.6; echo end")
+    with box.open(verb="spawn", id=name, fence=1, hold_ms=100, raw=raw) as client:
+        assert client.line()["state"] == "running"
+        follow = client.more(verb="follow", box=box.name, id=name + "f", stream="stdout", offset=0)
+        assert follow == {"ok": True, "offset": 0}
+        data, trailer = client.frames()
+        assert (data, trailer["complete"], trailer["exit"]) == (b"end\n", True, 0)
+
+
+def test_a_command_that_never_ran_ends_its_followers(host: Host, name: str) -> None:
+    box = host.box(11, name="dbx_never")
+    box.run(name + "first", "true")
+    os.kill(box.spawner(), 19)
+    with box.open(verb="spawn", id=name, fence=1, raw=json.dumps({"command": "true", "user": USER}).encode()) as spawn:
+        with box.open(verb="follow", id=name, stream="stdout") as client:
+            assert client.line()["ok"]
+            assert box.ask(verb="stdin", id=name, request="a", raw=b"x")["error"]["code"] == "busy"
+            os.kill(box.bare.init_pid, 9)
+            assert spawn.line()["error"]["code"] == "not_ready"
+            data, trailer = client.frames()
+            assert (data, trailer["complete"], trailer["exit"]) == (b"", False, None)
+    box.close()
+
+
 def test_out_of_memory_has_its_reason(host: Host, name: str) -> None:
     box = host.box(7, name="dbx_small", memory_bytes=64 << 20)
     answer = box.run(name, argv=["/usr/bin/python3", "-S", "-c", "x=b'x'*(200<<20)"])

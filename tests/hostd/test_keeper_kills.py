@@ -141,7 +141,7 @@ def test_a_stopped_spawner_is_replaced(box: Box) -> None:
     started = time.monotonic()
     answer = box.run("exe_second", "echo again")
     assert text(answer) == "again\n"
-    assert 2 < time.monotonic() - started < 12
+    assert 4 < time.monotonic() - started < 9
 
 
 def test_sixty_kills_against_one_fast_writer(host: Host, box: Box) -> None:
