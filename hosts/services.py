@@ -23,7 +23,7 @@ from django.db.models.functions import Now
 from accounts.sealing import seal, unseal
 from api.ids import new_id
 from hosts import delivery, links, proofs, registry, shipping, ssh
-from hosts.client import HostClient, HostUnreachable, client_for
+from hosts.client import HostClient, HostError, HostUnreachable
 from hosts.models import Host, HostState
 from hosts.registry import BoxExitEvent, ExpectedBox
 from hosts.ssh.admin import CommandFailed
@@ -92,7 +92,7 @@ def enrol(
             row = _row(wanted, host_key)
             _make(row, wanted, cluster, admin, progress)
         return _accept(row, progress)
-    except (ssh.SshError, shipping.ShippingFailed, proofs.ProofFailed, CommandFailed, ValueError) as error:
+    except (ssh.SshError, shipping.ShippingFailed, proofs.ProofFailed, CommandFailed, HostError, ValueError) as error:
         problem: Exception = EnrolmentFailed(str(error))
         problem.__cause__ = error
     except EnrolmentFailed as error:
@@ -141,6 +141,16 @@ try:
 except (OSError, ValueError): present = None
 print(json.dumps({"install": install, "root": root, "free": found.f_bavail * found.f_frsize,
                   "machine": os.uname().machine, "present": present}))
+"""
+
+# Arguments: bundle, root, install. For an enrolment that ended before there was a configuration to tear down by.
+_RELEASE = """
+import os, shutil, sys
+sys.path.insert(0, sys.argv[1])
+from hostd import config
+root = sys.argv[2]
+if os.path.isdir(root) and not os.path.ismount(root + "/pool"): shutil.rmtree(root)
+config.release_install(int(sys.argv[3]), root)
 """
 
 # Arguments: user, home.
@@ -327,11 +337,10 @@ def _remove(row: Host, progress: Progress) -> None:
     login = ssh.Login(row.address, row.port, row.admin_user, str(unseal(row.admin_key_sealed)), row.host_key)
     with ssh.Admin(login, timeout=10) as admin:
         if row.root:
-            # Not the host's own copy, which goes with the root; and without a configuration there is nothing to do.
-            config = f"{row.root}/host.json"
-            if admin.run(["sh", "-c", 'test -e "$1" && echo yes || true', "test", config], timeout=ADMIN_SECONDS):
-                progress("ending everything of ours on the machine")
-                with shipping.staged(admin, shipping.bundle()) as path:
+            with shipping.staged(admin, shipping.bundle()) as path:  # the host's own copy goes with the root
+                config = f"{row.root}/host.json"
+                if admin.run(["sh", "-c", 'test -e "$1" && echo yes || true', "test", config], timeout=ADMIN_SECONDS):
+                    progress("ending everything of ours on the machine")
                     shipping.run_hostd(
                         admin,
                         path,
@@ -340,11 +349,10 @@ def _remove(row: Host, progress: Progress) -> None:
                         timeout=TEARDOWN_SECONDS,
                         on_progress=lambda line: progress(f"teardown: {line.get('step', line)}"),
                     )
+                argv = [shipping.PYTHON, "-I", "-c", _RELEASE, path, row.root, str(row.install)]
+                admin.run(argv, timeout=ADMIN_SECONDS)
         if row.link_user:
             progress(f"removing the login {row.link_user}")
             # Its connections first: userdel refuses while one is open.
             script = 'if getent passwd "$1" >/dev/null; then pkill -KILL -u "$1" || true; sleep 0.2; userdel "$1"; fi'
             admin.run(["sh", "-c", script, "remove-user", row.link_user], timeout=ADMIN_SECONDS)
-
-
-__all__ = ["EnrolmentFailed", "Wanted", "boxes_of", "client_for", "cordon", "enrol", "retire"]

@@ -232,6 +232,21 @@ def test_a_host_that_lets_its_link_do_more_is_not_accepted(admin_sshd: Sshd, tra
         retire("local", force=True)
 
 
+def test_an_enrolment_that_ended_early_is_retired_without_a_trace(
+    admin_sshd: Sshd, transactional_db, monkeypatch
+) -> None:
+    from hosts import services
+
+    monkeypatch.setattr(services, "_LINK_USER", "exit 9")
+    with pytest.raises(EnrolmentFailed, match="ended with 9"):
+        enrol(wanted(admin_sshd), accept_key=lambda *_: True)
+    row = Host.objects.get(name="local")
+    assert row.state == "failed" and pathlib.Path(row.root).is_dir()
+    retire("local")
+    assert not pathlib.Path(row.root).exists()
+    assert not pathlib.Path(f"/run/lock/berth-install-{row.install}.lock").exists()
+
+
 def test_what_may_fail_before_anything_is_made(admin_sshd: Sshd, transactional_db) -> None:
     with pytest.raises(EnrolmentFailed, match="not accepted"):
         enrol(wanted(admin_sshd), accept_key=lambda *_: False)
