@@ -97,7 +97,7 @@ def _detach(cfg: HostConfig, path: str) -> int:
             if os.fork():
                 os._exit(0)
             null = os.open("/dev/null", os.O_RDWR)
-            errors = os.open(f"{folder}/hostd.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            errors = os.open(f"{folder}/hostd.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             for target, handle in enumerate((null, errors, errors)):
                 os.dup2(handle, target)
             os.closerange(3, 2**20)

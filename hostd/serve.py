@@ -485,11 +485,22 @@ class Daemon:
             seconds += 1
             if seconds % 60 == 0:
                 self.fences.forget_old()
+                self._bound_logs()
             if seconds % 3600 == 0:
                 try:
                     await self._makers.do("drop_kept_disks", older_than_seconds=KEPT_DISK_SECONDS)
                 except Refused as refused:
                     log.warning("kept disks: %s", refused)
+
+
+    def _bound_logs(self) -> None:
+        """What is written by descriptor (the zygote's and our own last words) rotates by being emptied."""
+        for path in (f"{self._cfg.root}/zygote.log", f"{self._cfg.root}/log/hostd.err"):
+            try:
+                if os.path.getsize(path) > _LOG_BYTES:
+                    os.truncate(path, 0)
+            except FileNotFoundError:
+                pass
 
 
 def serve(cfg: HostConfig, config_path: str, inherited: tuple[int, int] | None = None) -> int:
