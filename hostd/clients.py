@@ -17,7 +17,8 @@ import struct
 import time
 
 from hostd import packets, polling, requests
-from hostd.executions import Execution, Executions
+from hostd.execution import Execution
+from hostd.executions import Executions
 from hostd.requests import Refused
 from hostd.streams import Stream
 

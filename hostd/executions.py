@@ -11,7 +11,7 @@ Not in charge of: starting processes (spawner_link.py), bytes (streams.py, stdin
 
 (1) An exit event is sent on every connection of hostd until it is acknowledged.
 (2) The command stays known, so that a late spawn of its id starts nothing, and its outputs stay readable, until
-    `forget`, or until there are REMEMBERED newer ones, or until the outputs exceed the box's budget, oldest first.
+    `forget`, or until it is old (see REMEMBERED_S), or until the outputs exceed the box's budget, oldest first.
 
 Before a command is asked for, its intent is in the journal; when it runs, its descriptors are parked with the zygote,
 then its pid is written down, then it is announced. So a successor can tell: parked = it runs; intent only = see
@@ -24,6 +24,7 @@ import os
 import time
 
 from hostd import packets, polling, procs, requests
+from hostd.execution import Execution, Settings, now_ms
 from hostd.journal import Journal
 from hostd.procs import signals
 from hostd.requests import Refused
@@ -41,7 +42,12 @@ MAX_RUNNING = 512
 MAX_KNOWN = 20_000
 """Commands that are known at all: only a control plane that acknowledges nothing comes near it."""
 REMEMBERED = 2000
-"""Acknowledged commands that stay known."""
+"""Acknowledged commands that stay known at most."""
+REMEMBERED_S = 600
+"""For so long an acknowledged command stays known in any case (within REMEMBERED), so that a late repetition of its
+spawn starts nothing. After that it goes if its outputs were small enough to be in its exit event, or are removed."""
+REMEMBERED_ANYWAY = 100
+"""So many of the newest stay known however old they are."""
 INLINE_BYTES = 65536
 """Outputs up to this size together travel in the exit event."""
 RETRY_S = 0.5
@@ -49,75 +55,6 @@ TRACED_S = 0.1
 EXIT_PATIENCE_S = 5.0
 """How long a successor waits for the zygote to say how a command ended that was not its own child."""
 LOST = -1
-
-
-class Execution:
-    """One command."""
-
-    __slots__ = (
-        "acked",
-        "box_kills",
-        "exec_error",
-        "exit",
-        "exit_waiters",
-        "exited_at_ms",
-        "fence",
-        "id",
-        "killed",
-        "pending_kill",
-        "pid",
-        "pidfd",
-        "reap",
-        "reason",
-        "settled",
-        "started_at_ms",
-        "state",
-        "status",
-        "stdin",
-        "streams",
-        "waiters",
-    )
-
-    def __init__(self, name: str, fence: int, streams: list[Stream]) -> None:
-        self.id, self.fence = name, fence
-        self.state = "asked"  # asked | running | exited
-        self.pid, self.pidfd = 0, -1
-        self.streams = streams
-        self.stdin: Stdin | None = None
-        self.status: int | None = None  # wait status, known before the outputs are complete
-        self.reap = False  # the zombie is ours to reap once its exit is written down
-        self.exit: int | None = None
-        self.reason: dict[str, Any] | None = None
-        self.exec_error: str | None = None
-        self.killed = 0  # signal sent on request
-        self.pending_kill: tuple[int, bool] | None = None
-        self.box_kills = 0  # the box's OOM kills when it started
-        self.started_at_ms = _now_ms()
-        self.exited_at_ms: int | None = None
-        self.acked = False
-        self.settled = False
-        self.waiters: list[Callable[[], None]] = []  # called when it runs, or never will
-        self.exit_waiters: list[Callable[[], None]] = []
-
-    def sizes(self) -> list[int]:
-        """Return [stdout, stderr] in bytes, the dropped ones included."""
-        return [stream.size for stream in self.streams]
-
-    def open_pipes(self) -> bool:
-        """Does anybody still hold one of its pipes?"""
-        return any(stream.pipe >= 0 for stream in self.streams)
-
-
-class Settings:
-    """What the box's spec says of commands."""
-
-    __slots__ = ("budget", "burst", "cap", "rate")
-
-    def __init__(self, spec: dict[str, Any]) -> None:
-        self.cap = int(spec["stream_cap_bytes"])
-        self.rate = int(spec["byte_rate"])
-        self.burst = int(spec["byte_burst"])
-        self.budget = int(spec["out_budget_bytes"])
 
 
 class Executions:
@@ -193,8 +130,9 @@ class Executions:
         """The control plane knows this exit; unknown ids and running commands are passed over."""
         execution = self.known.get(name)
         if execution is not None and execution.state == "exited" and not execution.acked:
-            self._journal.write(name, {"ack": _now_ms()})
-            execution.acked = True
+            now = now_ms()
+            self._journal.write(name, {"ack": now})
+            execution.acked = now
 
     def forget(self, name: str) -> None:
         """Delete the outputs of an acknowledged command; it stays known until it is one of too many."""
@@ -245,12 +183,16 @@ class Executions:
     def tidy(self) -> None:
         """Remove what is beyond the bounds: called now and then."""
         acked = [e for e in self.known.values() if e.acked and not e.open_pipes()]
-        for execution in acked[: max(0, len(acked) - REMEMBERED)]:
-            for stream in execution.streams:
-                stream.remove()
-            self._journal.write(execution.id, {"gone": True})
-            del self.known[execution.id]
-        kept = [(e, sum(s.size - s.dropped for s in e.streams)) for e in acked if e.id in self.known]
+        old = now_ms() - REMEMBERED_S * 1000
+        for place, execution in enumerate(acked):
+            newer = len(acked) - 1 - place
+            small = sum(execution.sizes()) <= INLINE_BYTES or all(s.removed or not s.size for s in execution.streams)
+            if newer >= REMEMBERED or (newer >= REMEMBERED_ANYWAY and execution.acked < old and small):
+                for stream in execution.streams:
+                    stream.remove()
+                self._journal.write(execution.id, {"gone": True})
+                del self.known[execution.id]
+        kept = [(e, sum(s.kept for s in e.streams)) for e in acked if e.id in self.known]
         total = sum(size for _, size in kept)
         for execution, size in kept:
             if total <= self._settings.budget:
@@ -399,7 +341,7 @@ class Executions:
         """Take the wait status, from whoever had it first."""
         if execution.status is None and execution.state != "exited":
             execution.status = status
-            execution.exited_at_ms = _now_ms()
+            execution.exited_at_ms = now_ms()
             self._finish(execution)
 
     def _finish(self, execution: Execution) -> None:
@@ -434,7 +376,7 @@ class Executions:
         """Write the exit down, reap, tell everybody."""
         if execution.state == "exited":
             return
-        exited_at = execution.exited_at_ms or _now_ms()
+        exited_at = execution.exited_at_ms or now_ms()
         facts = {"exit": code, "reason": reason, "sizes": execution.sizes(), "end": exited_at}
         try:
             self._journal.write(execution.id, facts)
@@ -476,6 +418,8 @@ class Executions:
         if execution.settled:
             return
         execution.settled = True
+        for stream in execution.streams:
+            stream.closed = stream.punching = None  # what refers back to us: a box remembers many commands
         self._active -= 1
         self._park({"drop": execution.id}, [])
 
@@ -540,7 +484,7 @@ class Executions:
 
     def _recover_exited(self, execution: Execution, facts: dict[str, Any], left: Any) -> None:
         execution.state, execution.exit, execution.reason = "exited", facts["exit"], facts.get("reason")
-        execution.exited_at_ms, execution.acked = facts.get("end"), "ack" in facts
+        execution.exited_at_ms, execution.acked = facts.get("end"), int(facts.get("ack", 0))
         execution.pid = int(facts.get("pid", 0))
         if left is None:
             execution.settled = True
@@ -561,10 +505,6 @@ class Executions:
         self._run(execution, left.descriptors)
         if left.pid in exits:
             self.ended(execution, exits[left.pid])
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)
 
 
 def _kill_if_same(pid: int, start: int) -> None:

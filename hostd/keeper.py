@@ -19,7 +19,8 @@ import time
 
 from hostd import packets, polling, procs, requests
 from hostd.clients import Clients, decoded_rest
-from hostd.executions import Execution, Executions, Settings
+from hostd.execution import Execution, Settings
+from hostd.executions import Executions
 from hostd.journal import Journal
 from hostd.procs import signals
 from hostd.spawner import Shell

@@ -193,6 +193,11 @@ class Stream:
         """Bytes the cap dropped."""
         return self.hole[1] - self.hole[0] if self.hole else 0
 
+    @property
+    def kept(self) -> int:
+        """Bytes of it on the disk."""
+        return 0 if self.removed else self.size - self.dropped
+
     # --- bytes
 
     def _readable(self, events: int) -> None:

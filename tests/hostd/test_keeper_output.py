@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from hostd import streams
+from hostd import executions, streams
 from tests.hostd.bare_box import Box, Host, text
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces of other users")
@@ -265,3 +266,36 @@ def test_oldest_acknowledged_outputs_go_first(host: Host, name: str) -> None:
         time.sleep(0.2)
     assert sorted(f for f in os.listdir(box.out) if f.endswith(".1")) == [f"{name}3.1", f"{name}4.1"]
     box.close()
+
+
+def test_what_is_remembered_of_old_commands(host: Host, name: str) -> None:
+    """Small old ones go, large ones wait for `forget`, the newest stay; a successor remembers the same."""
+    box = host.box(27)
+    for i in range(110):
+        box.run(f"{name}{i}", "head -c 100000 /dev/zero" if i == 3 else "echo x")
+    box.ack(*(f"{name}{i}" for i in range(110)))
+    assert box.ask(verb="state", id=f"{name}0")["exit"] == 0
+    os.kill(box.pid, 9)
+    wait_until(lambda: not os.path.exists(f"/proc/{box.pid}"))
+    box.restart()
+    assert box.ask(verb="state", id=f"{name}0")["exit"] == 0, "acknowledged a moment ago"
+    with open(f"{box.out}/journal") as file:
+        aged = [json.loads(line) for line in file]
+    for facts in aged:
+        if "ack" in facts:
+            facts["ack"] -= 1000 * (executions.REMEMBERED_S + 1)
+    with open(f"{box.out}/journal", "w") as file:
+        file.writelines(json.dumps(facts) + "\n" for facts in aged)
+    box.kill_keeper()
+    wait_until(lambda: "error" in box.ask(verb="state", id=f"{name}0"), 15)
+    gone = [i for i in range(110) if "error" in box.ask(verb="state", id=f"{name}{i}")]
+    assert gone == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert not os.path.exists(f"{box.out}/{name}0.1")
+    box.close()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.05)
