@@ -8,8 +8,9 @@ The rows must be read before the report is asked for. Then a box that a row said
 gone; read the other way round, one that was booted in between would look so.
 
 A row                          the report                    what follows
-up and settled                 has no such box, or not up    lost, at once, with the reason
-running                        its box has no such command   lost, at once
+up and settled                 has no such box               lost, at once, with the reason
+up and settled                 it is not up, twice in a row  lost (at once after a restart of the host)
+running                        its box has no such command   lost, at once; with its box as above
 none for the box               has it, twice in a row        destroyed, its disk kept for a day
 none for the command           runs it, twice in a row       killed, if its owner says that it is over
 """
@@ -29,6 +30,8 @@ from hosts.registry import BoxExitEvent, ExpectedBox, ExpectedExecution
 
 log = logging.getLogger(__name__)
 
+_DOWN = "down:"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Corrections:
@@ -42,8 +45,8 @@ class Corrections:
     """(box, the fence the host has): in this report and in the one before, in no row."""
     unknown_executions: tuple[tuple[str, str], ...] = ()
     """(box, id): running in this report and in the one before, in no row that runs."""
-    seen_unknown: frozenset[str] = frozenset()
-    """Ids that are unknown in this report: what the next plan is given as `before`."""
+    seen: frozenset[str] = frozenset()
+    """What is odd in this report and asks for a second sight: what the next plan is given as `before`."""
 
 
 def plan(
@@ -53,27 +56,33 @@ def plan(
     *,
     rebooted: bool = False,
 ) -> Corrections:
-    """The corrections, from rows read before the report. `before`: `seen_unknown` of the previous plan."""
+    """The corrections, from rows read before the report. `before`: `seen` of the previous plan."""
     boxes = {row.box: row for row in expected if isinstance(row, ExpectedBox)}
     running = {row.id: row for row in expected if isinstance(row, ExpectedExecution)}
     reported = {box["box"]: box for box in report["boxes"]}
     gone = "its host was restarted" if rebooted else "its host has it no more"
 
+    # The end of a box and of its commands is an event that tells why (memory, an exit status); a report that is quicker
+    # than the event must not take its place. Nobody tells of what a restart of the host ended.
+    down = {box_id for box_id, box in reported.items() if box["state"] != "up"}
+    surely_down = {box_id for box_id in down if rebooted or _DOWN + box_id in before}
+
     lost_boxes = []
     for box_id, row in sorted(boxes.items()):
         if row.up and row.settled:
-            box = reported.get(box_id)
-            if box is None:
+            if box_id not in reported:
                 lost_boxes.append((box_id, gone))
-            elif box["state"] != "up":
+            elif box_id in surely_down:
                 lost_boxes.append((box_id, "its host was restarted" if rebooted else "it is not running on its host"))
 
     lost_executions = []
     for id, execution in sorted(running.items()):
         box = reported.get(execution.box)
-        if box is None or box["state"] != "up":
+        if box is None or execution.box in surely_down:
             lost_executions.append((execution.box, id, gone))
-        elif box["executions"] is not None and all(one["id"] != id for one in box["executions"]):
+        elif execution.box in down or box["executions"] is None:
+            continue
+        elif all(one["id"] != id for one in box["executions"]):
             lost_executions.append((execution.box, id, "its box does not know it"))
 
     unknown = {box_id for box_id in reported if box_id not in boxes}
@@ -89,7 +98,7 @@ def plan(
         lost_executions=tuple(lost_executions),
         unknown_boxes=tuple(sorted((box_id, reported[box_id]["fence"]) for box_id in unknown & before)),
         unknown_executions=tuple(sorted(pair for pair in stray if pair[1] in before)),
-        seen_unknown=frozenset(unknown | {id for _, id in stray}),
+        seen=frozenset(unknown | {id for _, id in stray} | {_DOWN + box_id for box_id in down & boxes.keys()}),
     )
 
 

@@ -35,6 +35,7 @@ REPORT_SECONDS: Final = 30.0
 QUIET_SECONDS: Final = 3 * messages.HEARTBEAT_SECONDS
 """Without a heartbeat for so long, the channel is given up and dialled again."""
 SEEN_EVERY: Final = 1.0
+CATCH_UP_SECONDS: Final = 0.3
 BATCH_MAX: Final = 500
 HELD_MAX: Final = 10_000
 """Events that their owners did not take and that are offered again with the next report, per host."""
@@ -149,7 +150,7 @@ class HostWatch:
         self.thread = threading.Thread(target=self._run, name=f"watch-{host_id}", daemon=True)
         self._stop = threading.Event()
         self._watching: Watching | None = None
-        self._unknown: frozenset[str] = frozenset()
+        self._odd: frozenset[str] = frozenset()
         self._held: dict[tuple[str, str], Any] = {}
         self._since = time.monotonic()
         self._heard_at = 0.0
@@ -197,8 +198,9 @@ class HostWatch:
         with self.client.watch() as watching:
             self._watching = watching
             try:
-                self.compare()
                 self._heard_at = time.monotonic()
+                self._catch_up(watching)
+                self.compare()
                 while self.holds():
                     events = watching.events(messages.HEARTBEAT_SECONDS)
                     if not events:
@@ -215,6 +217,14 @@ class HostWatch:
                         self.take(watching, list(self._held.values()))
             finally:
                 self._watching = None
+
+    def _catch_up(self, watching: Watching) -> None:
+        """What is waiting is told first on a new channel: take it before a report is compared, for it knows more."""
+        for _ in range(HELD_MAX // BATCH_MAX):
+            events = watching.events(CATCH_UP_SECONDS)
+            self.take(watching, [event for event in events if event["event"] != "heartbeat"])
+            if not events or events[-1]["event"] == "heartbeat":
+                return
 
     def take(self, watching: Watching, events: list[Any]) -> None:
         """A batch to its owners, then acknowledge what they have committed; the rest is kept to be offered again."""
@@ -238,8 +248,8 @@ class HostWatch:
             return
         expected = reconcile.expected_on(self.host_id)  # before the report: see hosts.reconcile
         report = self.client.report()
-        corrections = reconcile.plan(expected, report, self._unknown, rebooted=kept.rebooted)
-        self._unknown = corrections.seen_unknown
+        corrections = reconcile.plan(expected, report, self._odd, rebooted=kept.rebooted)
+        self._odd = corrections.seen
         if self.holds():
             reconcile.apply(self.client, corrections)
 
