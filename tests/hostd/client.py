@@ -22,8 +22,8 @@ from hostd import messages
 from hostd.messages import FrameParser, ProtocolError
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
-USER = {"name": "user", "uid": 1000, "gid": 1000, "home": "/home/user"}
-LIMITS = {"cpu_millis": 1000, "memory_bytes": 512 << 20, "pids": 256, "disk_bytes": 1 << 30}
+USER: dict[str, Any] = {"name": "user", "uid": 1000, "gid": 1000, "home": "/home/user"}
+LIMITS: dict[str, Any] = {"cpu_millis": 1000, "memory_bytes": 512 << 20, "pids": 256, "disk_bytes": 1 << 30}
 
 
 def new_id(prefix: str) -> str:

@@ -164,7 +164,7 @@ def serve_stub(path: str, inherited: tuple[int, int] | None) -> int:
         jobs.JOBS[name] = globals()[name]
     for name in ("thaw_all", "start_zygote", "adopt_keeper", "drop_kept_disks"):
         jobs.JOBS[name] = nothing
-    zygotes.ensure = lambda *_: False  # type: ignore[assignment]
+    zygotes.ensure = lambda *_: False
     keeper_spec.start_zygote = start_zygote  # type: ignore[assignment]
     namespaces.enter = setup.bring_up = nothing  # type: ignore[assignment]
     images.list_images = lambda _: [IMAGE]  # type: ignore[assignment]

@@ -16,6 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,7 +117,7 @@ def code(call: Callable[[], object]) -> str:
 def test_a_box_from_birth_to_death_each_verb_twice(host: Host):
     host.start()
     box, exe = new_id("dbx"), new_id("exe")
-    disk = {"box": box, "fence": 1, "image": IMAGE, "disk_bytes": 1 << 30}
+    disk: dict[str, Any] = {"box": box, "fence": 1, "image": IMAGE, "disk_bytes": 1 << 30}
     first = host.client.call("prepare_disk", **disk)
     assert host.client.call("prepare_disk", **disk) == first and first["warm"] is False
     assert host.report()[box]["state"] == "disk"
@@ -149,7 +150,7 @@ def test_refusals(host: Host):
     host.start()
     box = new_id("dbx")
     assert code(lambda: host.client.call("boot", box=box, fence=1, hostname="x", **LIMITS)) == "unknown_box"
-    wrong = {"box": box, "fence": 1, "image": "img_other", "disk_bytes": 1 << 30}
+    wrong: dict[str, Any] = {"box": box, "fence": 1, "image": "img_other", "disk_bytes": 1 << 30}
     assert code(lambda: host.client.call("prepare_disk", **wrong)) == "unknown_image"
     assert host.report() == {}
     host.create(box, 5)
@@ -330,7 +331,7 @@ def test_hostd_killed_in_the_middle_of_a_boot(host: Host):
 
 
 def test_a_maker_killed_in_the_middle_of_a_boot(host: Host):
-    host.environment["STUB_BOOT_SECONDS"] = "1"
+    host.environment["STUB_BOOT_SECONDS"] = "3"
     host.start()
     assert host.process is not None
     box = new_id("dbx")
@@ -547,7 +548,7 @@ def test_a_keeper_that_reads_nothing_for_long_is_replaced(host: Host):
         with contextlib.suppress(OSError, messages.ProtocolError, Refused):
             with host.client.connect() as connection:
                 connection.socket.settimeout(1)
-                return connection.call("state", box=box, id=exe)["exit"] == 3
+                return bool(connection.call("state", box=box, id=exe)["exit"] == 3)
         return False
 
     until(heard, 30)
@@ -560,7 +561,7 @@ def early(connection: Connection) -> str:
     """The refusal that has arrived by now, if any."""
     connection.socket.setblocking(False)
     try:
-        return json.loads(connection.socket.recv(65536))["error"]["code"]
+        return str(json.loads(connection.socket.recv(65536))["error"]["code"])
     except BlockingIOError:
         return ""
 

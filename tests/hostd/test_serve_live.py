@@ -12,7 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,7 +60,7 @@ def create(host: LiveHost, fence: int = 1, **limits: int) -> tuple[str, dict]:
     return box, host.client.create(box, host.image, fence, **limits)
 
 
-def insist(call: Callable[[], object], seconds: float = 10.0) -> object:
+def insist(call: Callable[[], Any], seconds: float = 10.0) -> Any:
     """Do what a client of hostd does: ask again when the connection broke or it is told to."""
     deadline = time.monotonic() + seconds
     while True:
@@ -74,7 +76,7 @@ def insist(call: Callable[[], object], seconds: float = 10.0) -> object:
 
 def test_each_verb_twice(host: LiveHost):
     box, exe = new_id("dbx"), new_id("exe")
-    disk = {"box": box, "fence": 1, "image": host.image, "disk_bytes": 1 << 30}
+    disk: dict[str, Any] = {"box": box, "fence": 1, "image": host.image, "disk_bytes": 1 << 30}
     assert host.client.call("prepare_disk", **disk) == host.client.call("prepare_disk", **disk)
     up = host.client.call("boot", box=box, fence=1, hostname="devbox", **LIMITS)
     assert host.client.call("boot", box=box, fence=1, hostname="devbox", **LIMITS) == up
@@ -297,12 +299,12 @@ def test_kills_at_any_moment_of_making_and_destroying(host: LiveHost, victim: st
         while not stop.is_set():
             box, exe = new_id("dbx"), new_id("exe")
             try:
-                insist(lambda b=box: host.client.create(b, host.image), 60)
-                insist(lambda b=box, e=exe: host.client.spawn(b, e, "echo x >> ~/f; cat ~/f"), 60)
-                state = insist(lambda b=box, e=exe: host.client.wait(b, e), 60)
+                insist(partial(host.client.create, box, host.image), 60)
+                insist(partial(host.client.spawn, box, exe, "echo x >> ~/f; cat ~/f"), 60)
+                state = insist(partial(host.client.wait, box, exe), 60)
                 if outputs(state)[0] != b"x\n":
                     failures.append(state)
-                insist(lambda b=box: host.client.destroy(b, 2), 60)
+                insist(partial(host.client.destroy, box, 2), 60)
                 finished.append(number)
             except BaseException as error:
                 failures.append((box, error))
