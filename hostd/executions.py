@@ -148,7 +148,8 @@ class Executions:
         if execution.state == "asked":
             raise Refused("busy", "the command is being started")
         if execution.stdin is None or execution.state != "running":
-            reply({"ok": True, "accepted": False})
+            written = [request, True] in self._journal.facts.get(execution.id, {}).get("in", [])
+            reply({"ok": True, "accepted": written})
         else:
             execution.stdin.offer(request, data, eof, reply)
 
@@ -267,9 +268,11 @@ class Executions:
                 self._poller,
                 ends["stdin"],
                 [list(entry) for entry in facts.get("in", [])],
-                lambda remembered: self._write(execution, {"in": remembered}),
+                lambda change: self._write(execution, change),
                 lambda: self._park({"unpark": execution.id, "role": "stdin"}, []),
             )
+            if facts.get("eof"):
+                execution.stdin.close()
         self._poller.on(execution.pidfd, lambda _: self._dead(execution))
         self._tell(execution)
 

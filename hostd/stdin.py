@@ -42,7 +42,7 @@ class Stdin:
         poller: polling.Poller,
         pipe: int,
         remembered: list[list[Any]],
-        write_down: Callable[[list[list[Any]]], None],
+        write_down: Callable[[dict[str, Any]], None],
         ended: Callable[[], None],
     ) -> None:
         self._poller = poller
@@ -63,7 +63,7 @@ class Stdin:
         """Queue what one request brings; `reply` is called when it is in the pipe. Raises Refused (busy, lost)."""
         for name, written in self._remembered:
             if name == request:
-                if not written and not any(piece.request == request for piece in self._queue):
+                if not written and data and not any(piece.request == request for piece in self._queue):
                     raise Refused("lost", "the keeper died while it wrote this request: it may have been read in part")
                 if written:
                     reply({"ok": True, "accepted": True})
@@ -85,7 +85,7 @@ class Stdin:
             if not piece.begun:
                 piece.begun = True
                 self._remembered = [*self._remembered, [piece.request, False]][-REMEMBERED:]
-                self._write_down(self._remembered)
+                self._write_down({"in": self._remembered})
             try:
                 while piece.data:
                     piece.data = piece.data[os.write(self._pipe, piece.data) :]
@@ -99,11 +99,11 @@ class Stdin:
             for entry in self._remembered:
                 if entry[0] == piece.request:
                     entry[1] = True
-            self._write_down(self._remembered)
-            piece.reply({"ok": True, "accepted": True})
+            # The end of file is written down with its request: a successor ends what we had no time to.
+            self._write_down({"in": self._remembered, "eof": True} if piece.eof else {"in": self._remembered})
             if piece.eof:
                 self.close()
-                return
+            piece.reply({"ok": True, "accepted": True})
         self._wait(False)
 
     def _wait(self, wanted: bool) -> None:

@@ -161,6 +161,7 @@ def test_stdin_by_pieces(box: Box, name: str) -> None:
     assert box.ask(verb="stdin", id=name, request="r3", eof=True) == {"ok": True, "accepted": True}
     assert text(box.wait(name)) == "one\ntwo\nend\n"
     assert piece("r4", b"x") == {"ok": True, "accepted": False}
+    assert piece("r2", b"two\n") == {"ok": True, "accepted": True}, "it was, when it was asked first"
 
 
 def test_stdin_larger_than_a_pipe_waits_for_its_reader(box: Box, name: str) -> None:

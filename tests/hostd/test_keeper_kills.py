@@ -313,10 +313,11 @@ def test_stdin_survives_the_keeper(box: Box) -> None:
     assert box.ask(verb="stdin", id="exe_cat", request="a", raw=b"one\n") == {"ok": True, "accepted": True}
     assert box.ask(verb="stdin", id="exe_cat", request="b", eof=True, raw=b"two\n")["accepted"]
     assert text(box.wait("exe_cat")) == "one\ntwo\nend\n"
-    box.spawn("exe_eof", "sleep 0.5; cat; echo end", stdin="pipe")
-    box.ask(verb="stdin", id="exe_eof", request="a", eof=True)
-    box.kill_keeper()
-    assert text(box.wait("exe_eof")) == "end\n", "a parked end would have kept it waiting for ever"
+    for i in range(10):
+        box.spawn(f"exe_eof{i}", "sleep 0.1; cat; echo end", stdin="pipe")
+        box.ask(verb="stdin", id=f"exe_eof{i}", request="a", eof=True)
+        box.kill_keeper()
+        assert text(box.wait(f"exe_eof{i}")) == "end\n", "a parked end would have kept it waiting for ever"
 
 
 def test_killed_by_request_is_remembered_by_a_successor(box: Box) -> None:
