@@ -340,3 +340,31 @@ def children(pid: int) -> list[int]:
             if Path(f"/proc/{child}/cmdline").read_bytes() == Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(child)
     return found
+
+
+def test_commands_survive_kills_of_everything_around_them(host: LiveHost):
+    """hostd, keepers and zygotes, killed in turn under running commands: not a byte and no exit is lost."""
+    writers: dict[str, str] = {}
+    for _ in range(3):
+        box, _up = create(host)
+        writers[box] = new_id("exe")
+        host.client.spawn(box, writers[box], WRITER)
+    for victim in ("keeper", "hostd", "zygote", "keeper", "zygote", "hostd", "keeper"):
+        time.sleep(random.uniform(0.1, 0.3))
+        if victim == "hostd":
+            host.kill()
+            host.start()
+        elif victim == "zygote":
+            os.kill(zygote(host), signal.SIGKILL)
+            time.sleep(0.3)  # until the keepers have met the new one: two deaths at once are another test's
+        else:
+            for box in writers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(insist(partial(host.client.create, box, host.image))["keeper_pid"], signal.SIGKILL)
+    for box, exe in writers.items():
+        state = insist(partial(host.client.wait, box, exe), 20)
+        assert (state["exit"], state["reason"]) == (6, None)
+        assert outputs(state)[0] == WRITTEN
+    with host.client.watch() as watch:
+        events = {event["id"]: event for event in (watch.next() for _ in writers)}
+    assert set(events) == set(writers.values()) and {event["exit"] for event in events.values()} == {6}
