@@ -492,7 +492,6 @@ class Daemon:
                 except Refused as refused:
                     log.warning("kept disks: %s", refused)
 
-
     def _bound_logs(self) -> None:
         """What is written by descriptor (the zygote's and our own last words) rotates by being emptied."""
         for path in (f"{self._cfg.root}/zygote.log", f"{self._cfg.root}/log/hostd.err"):
