@@ -33,7 +33,7 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 #: Back-off between restarts of a service that ended by itself, in seconds; forgotten after ``_STEADY`` seconds of life.
-_FIRST_BACK_OFF, _LONGEST_BACK_OFF, _STEADY = 0.5, 30.0, 60.0
+_FIRST_BACK_OFF, _LONGEST_BACK_OFF, _STEADY = 0.25, 5.0, 15.0
 
 #: A log file is copied to ``NAME.log.1`` and emptied when it is longer than this many bytes; looked at every minute.
 _LOG_LIMIT, _LOG_LOOK = 64 << 20, 60.0

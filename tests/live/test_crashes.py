@@ -151,30 +151,35 @@ def test_a_worker_killed_while_it_stores_a_large_output(berth, fault, no_orphans
 
 
 def streamed(berth, path: str, into: list[str] | None = None) -> str:
-    """A whole stream of stdout, from offset to offset when it is cut."""
+    """A whole stream of stdout, as a patient client takes it: from offset to offset when it is cut."""
     parts = [] if into is None else into
     deadline = time.monotonic() + 90
     while True:
         assert time.monotonic() < deadline, "the stream did not end"
-        offset = str(len("".join(parts).encode()))
         with contextlib.suppress(httpx.TransportError):
-            with berth.owner.client.stream("GET", f"{path}/stream_stdout_updates", params={"offset": offset}) as answer:
+            if _stream_on(berth, path, parts):
+                return "".join(parts)
+        time.sleep(0.1)
+
+
+def _stream_on(berth, path: str, parts: list[str]) -> bool:
+    """Take what comes from where we are; whether that was all there will ever be."""
+    over = berth.owner.client.get(path).json().get("status") == "completed"
+    offset = str(len("".join(parts).encode()))
+    with berth.owner.client.stream("GET", f"{path}/stream_stdout_updates", params={"offset": offset}) as answer:
+        if answer.status_code != 200:
+            return False
+        event = ""
+        for line in answer.iter_lines():
+            if line.startswith("event:"):
+                event = line[6:].strip()
+            elif line.startswith("data:"):
+                if event == "error":
+                    return False
+                parts.append(json.loads(line[5:]).get("output", ""))
+            elif not line:
                 event = ""
-                for line in answer.iter_lines():
-                    if line.startswith("event:"):
-                        event = line[6:].strip()
-                    elif line.startswith("data:") and event != "error":
-                        parts.append(json.loads(line[5:]).get("output", ""))
-                    elif not line:
-                        event = ""
-        if berth.owner.get(path)["status"] == "completed":
-            with berth.owner.client.stream(
-                "GET", f"{path}/stream_stdout_updates", params={"offset": str(len("".join(parts).encode()))}
-            ) as answer:
-                for line in answer.iter_lines():
-                    if line.startswith("data:"):
-                        parts.append(json.loads(line[5:]).get("output", ""))
-            return "".join(parts)
+    return over
 
 
 TICKS = "for i in $(seq 1 80); do echo tick $i; sleep 0.1; done"
@@ -207,6 +212,13 @@ class Watched:
         assert self.berth.owner.get(self.path)["exit_status"] == 0
 
 
+def answers(berth) -> bool:
+    try:
+        return berth.owner.client.get("/v1/accounts/me").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def hostd_pid(berth) -> int:
     return int(Path(berth.host_config().root, "hostd.lock").read_text())
 
@@ -226,6 +238,7 @@ def test_a_role_killed_under_a_command_that_streams(berth, no_orphans, box: str,
     killed = berth.pids()[role]
     os.killpg(killed, signal.SIGKILL)
     wait_until(lambda: berth.pids().get(role, killed) != killed, 20, f"{role} again")
+    wait_until(lambda: answers(berth), 30, "the API answers")
     watched.check()
 
 
@@ -254,13 +267,7 @@ def test_postgresql_killed_while_work_comes_in(berth, no_orphans, box: str) -> N
     os.killpg(killed, signal.SIGKILL)
     wait_until(lambda: berth.pids().get("postgres", killed) != killed, 40, "postgres again")
 
-    def answers() -> bool:
-        try:
-            return berth.owner.client.get("/v1/accounts/me").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    wait_until(answers, 40, "the API answers again")
+    wait_until(lambda: answers(berth), 40, "the API answers again")
     watched.check()
     assert berth.owner.run(box, "echo well", timeout=60) == ("well\n", "", 0)
 
