@@ -100,24 +100,32 @@ class Sweep:
         finally:
             self._free.release()
 
-    def _due_reminders(self) -> float:
-        """Start the reminders that are due; seconds until the next one (or a long time)."""
+    def _start_due_reminders(self) -> None:
+        """Start the reminders that are due, as far as threads are free."""
         with self._changed:
-            while self._reminders:
-                pause = self._reminders[0][0] - time.monotonic()
-                if pause > 0:
-                    return pause
+            while self._reminders and self._reminders[0][0] <= time.monotonic():
                 if not self._free.acquire(blocking=False):
-                    return 0.05
+                    return
                 _, _, flow, pk = heapq.heappop(self._reminders)
                 self._pool.submit(self._run_reminded, flow, pk)
-        return EVERY_SECONDS
+
+    def _rest(self, next_sweep: float) -> None:
+        """Sleep until the next sweep or reminder. What is due is looked up under the lock that a new reminder takes
+        to be heard, so one that came during the sweep is not slept over."""
+        with self._changed:
+            now = time.monotonic()
+            until = next_sweep - now
+            if self._reminders:
+                # One that is due already waits for a thread: look again soon.
+                until = min(until, max(self._reminders[0][0] - now, 0.05))
+            if until > 0 and not self._stopping.is_set():
+                self._changed.wait(until)
 
     def run(self) -> None:
         """Sweep until `stop`. Survives the loss of the database."""
         next_sweep = 0.0
         while not self._stopping.is_set():
-            pause = self._due_reminders()
+            self._start_due_reminders()
             if time.monotonic() >= next_sweep:
                 next_sweep = time.monotonic() + EVERY_SECONDS * random.uniform(0.7, 1.3)  # noqa: S311
                 try:
@@ -128,10 +136,7 @@ class Sweep:
                     connection.close()
                 except Exception:
                     log.exception("sweep")
-            with self._changed:
-                until = min(pause, next_sweep - time.monotonic())
-                if until > 0:
-                    self._changed.wait(until)
+            self._rest(next_sweep)
         connection.close()
 
     def start(self) -> None:
