@@ -297,6 +297,11 @@ def test_a_command_that_never_ran_ends_its_followers(host: Host, name: str) -> N
     box.run(name + "first", "true")
     os.kill(box.spawner(), 19)
     with box.open(verb="spawn", id=name, fence=1, raw=json.dumps({"command": "true", "user": USER}).encode()) as spawn:
+        # The two requests travel on connections of their own: only an answer tells that the first one has been read.
+        deadline = time.monotonic() + 10
+        while box.ask(verb="state", id=name).get("error", {}).get("code") == "unknown_id":
+            assert time.monotonic() < deadline, "the spawn was not taken up within 10 s"
+            time.sleep(0.01)
         with box.open(verb="follow", id=name, stream="stdout") as client:
             assert client.line()["ok"]
             assert box.ask(verb="stdin", id=name, request="a", raw=b"x")["error"]["code"] == "busy"
