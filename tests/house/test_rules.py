@@ -210,8 +210,8 @@ def test_every_model_is_in_the_admin_and_can_be_searched():
 
     wrong = []
     for model in apps.get_models():
-        if model._meta.app_label not in ROOMS:
-            continue
+        if model._meta.app_label not in ROOMS or model.__module__.startswith("tests."):
+            continue  # the engine's tests have a model of their own
         shown = admin.site._registry.get(model)
         if shown is None:
             wrong.append(f"{model._meta.label}: not registered")
