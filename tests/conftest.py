@@ -7,7 +7,7 @@ import config  # noqa: F401  isort: skip  (settles the name ``pty``)
 import dataclasses
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -29,6 +29,16 @@ def pytest_configure() -> None:
     django_settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
     # Whoever does not ask for a Redis gets one that refuses at once.
     django_settings.REDIS_URL = "redis://127.0.0.1:1/0"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Where CI is set, a live test that cannot run has failed: a skipped one would show nothing and look well."""
+    report = yield
+    if os.environ.get("CI") and report.skipped and call.when == "setup" and item.get_closest_marker("live"):
+        report.outcome = "failed"
+        report.longrepr = f"this must run in continuous integration, but: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -153,15 +153,17 @@ from config.state import State
 from config.supervisor import Progress, Service, Supervisor
 supervisor = Supervisor(State(Path(sys.argv[1])), Progress(quiet=True))
 supervisor.start([Service("child", ["/bin/sh", "-c", sys.argv[2]], lambda: None, env={"PATH": "/bin:/usr/bin"})])
+while len(sys.argv) > 3 and not Path(sys.argv[3]).exists():
+    time.sleep(0.02)
 print(supervisor.pids()["child"], flush=True)
 time.sleep(60)
 """
 
 
-def _killed_supervisor(state: State, script: str) -> int:
-    """Start a supervisor in a process of its own, kill it, and return its child's pid."""
+def _killed_supervisor(state: State, script: str, *mark: Path) -> int:
+    """Start a supervisor in a process of its own, kill it (once there is ``mark``), and return its child's pid."""
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(state.path), script], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", KILLED, str(state.path), script, *map(str, mark)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     child = int(process.stdout.readline())
@@ -179,9 +181,9 @@ def test_children_end_when_their_supervisor_is_killed(state: State) -> None:
 
 
 def test_the_next_start_ends_who_ignored_that(state: State, tmp_path: Path) -> None:
-    child = _killed_supervisor(state, f"trap '' TERM; touch {tmp_path}/deaf; while :; do sleep 0.05; done")
-    if not start_time(child):
-        pytest.skip("the child met the signal before it could refuse it")
+    deaf = tmp_path / "deaf"
+    child = _killed_supervisor(state, f"trap '' TERM; touch {deaf}; while :; do sleep 0.05; done", deaf)
+    assert start_time(child)
     assert end_leftovers(state, Progress(quiet=True), patience=0.2) == 1
     assert not start_time(child)
 
