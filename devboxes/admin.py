@@ -61,9 +61,10 @@ class DevboxAdmin(_Seen, ModelAdmin):  # type: ignore[misc]
     inlines = (TransitionInline,)
     exclude = SEALED
 
-    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
-        """Everything: a row that was edited by hand would be a lie about its box."""
-        return [field.name for field in Devbox._meta.fields if field.name not in SEALED]
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """Never: a row that was edited by hand would be a lie about its box, and even a form without a field saves the
+        whole row, over what the flow wrote meanwhile."""
+        return False
 
     @admin.action(description="Shut down devbox")
     def shut_down(self, request: HttpRequest, devboxes: QuerySet[Devbox]) -> None:

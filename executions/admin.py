@@ -36,9 +36,9 @@ class ExecutionAdmin(ModelAdmin):  # type: ignore[misc]  # unfold brings no type
         """The cause of its end, in words."""
         return endings.why(execution.reason) or ""
 
-    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
-        """Everything."""
-        return [field.name for field in Execution._meta.fields if field.name not in self.exclude] + ["why"]
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """The flow is the only writer."""
+        return False
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         """Commands are run through the API."""

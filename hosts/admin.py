@@ -91,8 +91,15 @@ class WatcherReplicaAdmin(ModelAdmin):  # type: ignore[misc]
 
     list_display = ("id", "until")
     search_fields = ("id",)
-    readonly_fields = ("id", "until")
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         """They write themselves down."""
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """They renew themselves."""
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """They strike themselves out."""
         return False
