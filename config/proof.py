@@ -6,11 +6,14 @@ Prints what it did with times; the exit status is the number of operations that 
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
+from typing import Any
 
-import runloop_api_client
+import runloop_api_client  # type: ignore[import-not-found]  # this runs in the client's own environment
 from runloop_api_client import Runloop
 
 Check = Callable[[], None]
@@ -48,8 +51,46 @@ def refused(status: int, work: Callable[[], object]) -> None:
         raise AssertionError(f"was not refused with {status}")
 
 
+def operations(url: str) -> set[tuple[str, str]]:
+    """(method, path template) of every operation that the installation says it has, in its own description."""
+    with urllib.request.urlopen(f"{url}/openapi.yaml", timeout=30) as answer:  # noqa: S310 - the installation's own
+        text = answer.read().decode()
+    found = set()
+    path = method = ""
+    for line in text[text.index("\npaths:") :].splitlines():
+        if match := re.fullmatch(r"  (/v1/\S+):", line):
+            path = match[1]
+        elif match := re.fullmatch(r"    (get|post|put|patch|delete):", line):
+            method = match[1].upper()
+        elif line.startswith("      summary: ") and line != "      summary: Not available":
+            found.add((method, path))
+        elif line.startswith("components:"):
+            break
+    return found
+
+
+def never_asked_for(offered: set[tuple[str, str]], asked: set[tuple[str, str]]) -> list[str]:
+    """The operations that no request was for. A path without a placeholder goes before one with."""
+    left = set(offered)
+    for method, path in asked:
+        fitting = [
+            one for one in offered
+            if one[0] == method and re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", one[1]), path)
+        ]  # fmt: skip
+        left -= {min(fitting, key=lambda one: one[1].count("{"))} if fitting else set()
+    return sorted(f"{method} {path}" for method, path in left)
+
+
 def prove(url: str, key: str) -> int:
-    client = Runloop(base_url=url, bearer_token=key, max_retries=1)
+    asked: set[tuple[str, str]] = set()
+
+    class Recorded(Runloop):  # type: ignore[misc]
+        """The client as it is published; it keeps in mind what it was asked for."""
+
+        def _prepare_request(self, request: Any) -> None:
+            asked.add((request.method, request.url.path))
+
+    client = Recorded(base_url=url, bearer_token=key, max_retries=1)
     devboxes, executions = client.devboxes, client.devboxes.executions
     proof = Proof()
     check = proof.check
@@ -111,6 +152,31 @@ def prove(url: str, key: str) -> int:
         with executions.stream_stderr_updates(begun.execution_id, devbox_id=main) as stream:
             expect("".join(part.output for part in stream), "odd\n")
 
+    def stdin() -> None:
+        begun = devboxes.execute_async(main, command="read line; echo heard $line", attach_stdin=True)
+        executions.send_std_in(begun.execution_id, devbox_id=main, text="this\n")
+        done = executions.await_completed(begun.execution_id, devbox_id=main)
+        expect((done.stdout, done.exit_status), ("heard this\n", 0))
+
+    def account() -> None:
+        mine = client.accounts.me()
+        other = client.apikeys.create(name="from the proof")
+        expect(Runloop(base_url=url, bearer_token=other.key_secret, max_retries=0).accounts.me().id, mine.id)
+
+    def metadata() -> None:
+        keys: Any = client.get("/v1/devboxes/metadata/keys", cast_to=object)
+        values: Any = client.get("/v1/devboxes/metadata/keys/made-by/values", cast_to=object)
+        expect(("made-by" in str(keys), "proof" in str(values)), (True, True))
+
+    def created() -> None:
+        box = devboxes.create(name="second")
+        expect(devboxes.await_running(box.id).status, "running")
+        expect(devboxes.shutdown(box.id).status, "shutdown")
+
+    def evictions() -> None:
+        with devboxes.watch_evictions() as events:
+            expect(events.response.status_code, 200)
+
     def killed() -> None:
         begun = devboxes.execute_async(main, command="sleep 300")
         executions.kill(begun.execution_id, devbox_id=main)
@@ -138,8 +204,10 @@ def prove(url: str, key: str) -> int:
         expect(devboxes.shutdown(main).status, "shutdown")
         expect(devboxes.retrieve(main).shutdown_reason, "api_shutdown")
 
+    check("account, API key", account)
     check("retrieve", view)
     check("list", listing)
+    check("metadata keys and values", metadata)
     check("update", update)
     check("keep_alive", lambda: expect(devboxes.keep_alive(main) is not None, True))
     check(
@@ -156,6 +224,7 @@ def prove(url: str, key: str) -> int:
     check("execute_async, wait_for_status, retrieve", execute_async)
     check("stream_stdout_updates, stream_stderr_updates", streamed)
     check("stream of 2.6 MB", big)
+    check("send_std_in", stdin)
     check("kill", killed)
     check("background server", background)
     check("wrong key: 401", without_key)
@@ -163,7 +232,10 @@ def prove(url: str, key: str) -> int:
         "unknown execution: 404", lambda: refused(404, lambda: executions.retrieve("exe_" + "0" * 26, devbox_id=main))
     )
     check("field not built: 400", lambda: refused(400, lambda: devboxes.create(snapshot_id="snp_" + "0" * 26)))
+    check("create, await_running", created)
+    check("evictions", evictions)
     check("shutdown, twice", shutdown)
+    check("every operation was asked for", lambda: expect(never_asked_for(operations(url), asked), []))
     return proof.failed
 
 
