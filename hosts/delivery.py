@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from django.db import InterfaceError, OperationalError
 
 from hostd import messages
 from hosts import registry
@@ -17,6 +19,8 @@ from hosts.client import outputs
 from hosts.registry import BoxExitEvent, ExitEvent, HostedKind
 
 log = logging.getLogger(__name__)
+
+E = TypeVar("E")
 
 
 def exit_event(host_id: str, wire: messages.ExitEvent) -> ExitEvent:
@@ -82,10 +86,7 @@ def deliver_exits(events: Iterable[ExitEvent]) -> list[tuple[str, str]]:
             acks += [(event.box, event.id) for event in batch]
             continue
         box_of = {event.id: event.box for event in batch}
-        try:
-            acks += [(box_of[done], done) for done in kind.on_exits(batch) if done in box_of]
-        except Exception:
-            log.exception("exits of %d commands could not be taken; the host will report them again", len(batch))
+        acks += [(box_of[done], done) for done in _taken(kind.on_exits, batch, "exits of commands") if done in box_of]
     return acks
 
 
@@ -99,8 +100,21 @@ def deliver_box_exits(events: Iterable[BoxExitEvent]) -> list[tuple[str, str]]:
         if kind is None:
             acks += [(event.box, messages.BOX_EXIT_ID) for event in batch]
             continue
-        try:
-            acks += [(box, messages.BOX_EXIT_ID) for box in kind.on_box_exits(batch)]
-        except Exception:
-            log.exception("ends of %d boxes could not be taken; the host will report them again", len(batch))
+        acks += [(box, messages.BOX_EXIT_ID) for box in _taken(kind.on_box_exits, batch, "ends of boxes")]
     return acks
+
+
+def _taken(take: Callable[[list[E]], list[str]], batch: list[E], what: str) -> list[str]:
+    """What the owner took of a batch. One event that it cannot take, from whatever box, must not keep all others on
+    the host from being taken, this time and every time again: a batch that breaks is offered in halves."""
+    try:
+        return list(take(batch))
+    except (OperationalError, InterfaceError):
+        log.exception("%d %s could not be taken; the host will report them again", len(batch), what)
+        return []  # the database: halves would fare no better
+    except Exception:
+        if len(batch) == 1:
+            log.exception("%s: one could not be taken; the host will report it again", what)
+            return []
+        middle = len(batch) // 2
+        return _taken(take, batch[:middle], what) + _taken(take, batch[middle:], what)
