@@ -6,7 +6,7 @@ Everything here may be told twice and commits before it returns.
 
 from collections.abc import Sequence
 
-from django.db import connection
+from django.db import connection, transaction
 
 from devboxes import launch, logs, states
 from devboxes.devbox_flow import devbox_flow, entering, transition
@@ -46,21 +46,28 @@ def on_box_exits(events: list[BoxExitEvent]) -> list[str]:
 
 
 def on_exits(events: list[ExitEvent]) -> list[str]:
-    """Exits of launch work. The piece that the flow waits for wakes it, and stays unacknowledged until it has moved on;
-    the entrypoint's ends the devbox; all others are old news."""
+    """Exits of launch work. A piece that the flow may wait for wakes it, and stays unacknowledged until it has moved
+    on; the entrypoint's ends the devbox; all others are old news.
+
+    A step runs several pieces before it writes down which one it waits for, so every piece from the row's on counts.
+    """
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT id, step, launch_index FROM devboxes_devbox WHERE id = ANY(%s) AND ended_at IS NULL",
+            "SELECT id, step, launch_index, launch_total FROM devboxes_devbox WHERE id = ANY(%s) AND ended_at IS NULL",
             [list({event.box for event in events})],
         )
-        found = {row[0]: (row[1], row[2]) for row in cursor.fetchall()}
+        step_of: dict[str, str] = {}
+        ahead: dict[str, set[str]] = {}
+        for pk, step, index, total in cursor.fetchall():
+            step_of[pk] = step
+            if step == states.LAUNCH:
+                ahead[pk] = {launch.work_id(pk, piece) for piece in range(index, total)}
     acknowledged: list[str] = []
     awaited: set[str] = set()
     for event in events:
-        step, index = found.get(event.box, (None, 0))
-        if step is not None and event.id == launch.work_id(event.box, launch.ENTRYPOINT):
+        if event.box in step_of and event.id == launch.work_id(event.box, launch.ENTRYPOINT):
             _entrypoint_ended(event)
-        elif step == states.LAUNCH and event.id == launch.work_id(event.box, index):
+        elif event.id in ahead.get(event.box, ()):
             awaited.add(event.box)
             continue
         acknowledged.append(event.id)
@@ -88,9 +95,10 @@ def _entrypoint_ended(event: ExitEvent) -> None:
         columns |= {"step": states.TEARDOWN, **entering(states.TEARDOWN), "wants": "shutdown"}
         columns |= {"shutdown_reason": "entrypoint_exit", "why": f"its entrypoint ended with {event.exit}"}
         beside = transition("shutdown", None)
-    if devbox_flow.request(event.box, columns, guard=_NOT_OVER, alongside=beside):
-        with connection.cursor() as cursor:
-            logs.write(cursor, event.box, entries)
+    with transaction.atomic():  # a repetition of the event would find the devbox over and write no log any more
+        if devbox_flow.request(event.box, columns, guard=_NOT_OVER, alongside=beside):
+            with connection.cursor() as cursor:
+                logs.write(cursor, event.box, entries)
 
 
 def expected_on_host(host_id: str) -> Sequence[ExpectedBox]:

@@ -10,6 +10,7 @@ from django.db import connection
 
 from api.callers import Caller
 from devboxes import launch
+from devboxes.devbox_flow import devbox_flow
 from hosts.client import use_fake
 from tests.devbox_world import (
     create,
@@ -150,6 +151,26 @@ def test_a_long_launch_command_holds_no_thread(caller: Caller, fake: FakeHost) -
         (None, "warned", None),
         (None, None, 0),
     ]
+
+
+def test_an_exit_of_a_piece_that_the_row_does_not_name_yet_wakes_it(caller: Caller, fake: FakeHost) -> None:
+    devbox_id = create(caller, launch_parameters={"launch_commands": ["quick", "slow"]})
+    fake.script("quick", exit=0)
+    settle = devbox_flow.settle
+
+    def late(row: Any, outcome: Any) -> None:
+        # The second piece ends, and that is told, while its step is about to write down that it waits for it.
+        if row.step == "launch" and fake.boxes[devbox_id].executions[second].state == "running":
+            fake.finish(second, exit=0)
+            assert (devbox_id, second) not in fake.deliver()
+        settle(row, outcome)
+
+    second = launch.work_id(devbox_id, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devbox_flow, "settle", late)
+        work()
+    assert row(devbox_id).status == "running"
+    assert (devbox_id, second) in fake.deliver()
 
 
 def test_an_exit_that_nobody_reported_is_found(caller: Caller, fake: FakeHost) -> None:
