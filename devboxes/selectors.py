@@ -141,10 +141,12 @@ def list_devboxes(caller: Caller, filters: Filters, page: Page) -> Listed:
         total = counted[0] if counted else 0
     after: list[Any] = []
     if page.starting_after is not None:
-        at = fetch_one(
-            "SELECT created_at, id FROM devboxes_devbox WHERE id = %s AND account_id = %s",
-            [page.starting_after, caller.account_id],
-        )
+        at = None
+        if is_id("dbx", page.starting_after):
+            at = fetch_one(
+                "SELECT created_at, id FROM devboxes_devbox WHERE id = %s AND account_id = %s",
+                [page.starting_after, caller.account_id],
+            )
         if at is None:
             raise NotFound(f"starting_after: there is no devbox {page.starting_after[:60]}")
         condition += " AND (d.created_at, d.id) < (%s, %s)"

@@ -98,7 +98,7 @@ def test_filters_that_make_no_sense_are_refused(alice: Party, query: str) -> Non
 def test_starting_after_must_be_ones_own(alice: Party, charlie: Party) -> None:
     make(alice)
     theirs = make(charlie)[0]
-    for after in (theirs, new_id("dbx"), "x"):
+    for after in (theirs, new_id("dbx"), "x", "%00"):
         assert alice.get(f"/v1/devboxes?starting_after={after}").status_code == 404
 
 
