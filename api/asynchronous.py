@@ -43,6 +43,8 @@ __all__ = [
 log = logging.getLogger("api.asynchronous")
 
 JSON_LIMIT = 1 << 20
+LARGE_ANSWER = 1 << 20
+"""An answer over this size counts against the budget of bodies until its client has taken it."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -223,6 +225,8 @@ async def serve(route: Route, params: Mapping[str, str], scope: Scope, receive: 
                 raise Forbidden(READ_ONLY_MESSAGE)
             request = Request(scope=scope, receive=receive, params=params, headers=headers, caller=caller)
             response = await _run(route.handler, request)
+            if isinstance(response, Response) and len(response.body) > LARGE_ANSWER:
+                request.body.take_for_answer(len(response.body))
         except ClientGone:
             return
         except Exception as error:

@@ -1,4 +1,7 @@
-"""Reading request bodies off an ASGI connection, bounded in size, in time between bytes and in sum over a process."""
+"""Reading request bodies off an ASGI connection, bounded in size, in time between bytes and in sum over a process.
+
+Large answers count in that sum, too, while they are being sent.
+"""
 
 from __future__ import annotations
 
@@ -80,6 +83,17 @@ class Body:
                 await pause()
                 pause = None
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def take_for_answer(self, count: int) -> None:
+        """Count a large answer, too, until it has been sent: clients that do not read must not fill the memory.
+
+        Raises Unavailable when there is no room beside what other requests hold; one alone always has room.
+        """
+        global _held
+        if _held > self._taken and _held + count > settings.BERTH.BODY_BUDGET:
+            raise Unavailable("too many large answers are being sent at once; try again shortly")
+        _held += count
+        self._taken += count
 
     def _take(self, count: int) -> None:
         global _held
