@@ -190,7 +190,9 @@ class Table:
             learnt,
         )
         returning = "wakes, clock_timestamp() AS clock, step_since, coalesce(deadline_at <= now(), false) AS expired"
-        return self._guarded(sets, returning + self._payload_sql(), alongside, relaxed=True)
+        # An end that others are told of is as durable here as in `done`.
+        relaxed = "completed_at" not in learnt.names
+        return self._guarded(sets, returning + self._payload_sql(), alongside, relaxed=relaxed)
 
     def done(self, learnt: Assignments, alongside: Alongside | None) -> str:
         """Parameters: step, step, learnt…, id, lease, fence, alongside…"""

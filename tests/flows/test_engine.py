@@ -15,7 +15,7 @@ from flows import engine, hints, leases, nudge
 from flows.engine import Flow, Row, Settled
 from flows.models import Durable
 from flows.outcomes import DatabaseNow, Done, LeaseLost, Next, Outcome, Wait
-from flows.statements import Alongside
+from flows.statements import RELAXED, Alongside
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -206,6 +206,14 @@ def test_settle_writes_what_was_learnt_once(flow: JobFlow, published: Log) -> No
     with pytest.raises(LeaseLost):
         flow.settle(row, Wait(60, {"note": "twice"}))
     assert read().note == "learnt"
+
+
+def test_an_end_is_committed_synchronously_whatever_follows_it(flow: JobFlow) -> None:
+    learnt = flow.table.assign({"note": "on its way"})
+    ended = flow.table.assign({"note": "over", "completed_at": DatabaseNow()})
+    assert RELAXED in flow.table.settle_next(learnt, None)
+    assert RELAXED not in flow.table.settle_next(ended, None)
+    assert RELAXED not in flow.table.done(learnt, None)
 
 
 def test_settle_asks_for_lease_and_fence(flow: JobFlow) -> None:
