@@ -314,16 +314,17 @@ class Client:
         if not self._out and self._hung_up and self._state != "busy":
             self.close()
             return
-        self._watch()
+        # A turn that ended with the end of a frame leaves nothing queued, and yet there is more to send.
+        self._watch(more=budget <= 0 and self._follow is not None)
         if self._state == "line" and self._buffer and not self._out:
             self._clients.poller.after(0, self._parse)
 
-    def _watch(self) -> None:
+    def _watch(self, *, more: bool = False) -> None:
         """Listen only for what can be dealt with: no new request while one is busy, no end of file twice."""
         events = 0
         if not self._hung_up and (len(self._buffer) < max(self._body, requests.LINE_BYTES) or self._state == "body"):
             events |= polling.READ
-        if self._out:
+        if self._out or more:
             events |= polling.WRITE
         if events != self._events:
             self._events = events

@@ -32,8 +32,8 @@ _libc.syscall.restype = ctypes.c_long
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 _SYSCALLS: dict[str, dict[str, int]] = {
-    "x86_64": {"clone": 56, "capset": 126, "seccomp": 317, "setns": 308},
-    "aarch64": {"clone": 220, "capset": 91, "seccomp": 277, "setns": 268},
+    "x86_64": {"clone": 56, "capset": 126, "seccomp": 317, "setns": 308, "rt_sigaction": 13},
+    "aarch64": {"clone": 220, "capset": 91, "seccomp": 277, "setns": 268, "rt_sigaction": 134},
 }
 _NR = _SYSCALLS[os.uname().machine]
 
@@ -73,6 +73,20 @@ def prctl(option: int, argument: int = 0) -> None:
     """Call prctl(option, argument, 0, 0, 0)."""
     if _libc.prctl(option, ctypes.c_ulong(argument), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)) < 0:
         _raise("prctl")
+
+
+def default_signals() -> None:
+    """Give every signal its default action, and block none: what is ignored survives an exec.
+
+    By the system call, since libc keeps 32 and 33 to itself, and a program far above us may have ignored them.
+    """
+    default = ctypes.create_string_buffer(32)  # struct sigaction of the kernel, all zero: SIG_DFL
+    for number in range(1, 65):
+        try:
+            _syscall("rt_sigaction", number, default, None, 8)
+        except OSError:
+            pass  # KILL and STOP
+    signals.pthread_sigmask(signals.SIG_SETMASK, [])
 
 
 def set_name(name: str) -> None:

@@ -27,7 +27,6 @@ import sys
 import time
 
 from hostd import packets, procs
-from hostd.procs import signals
 from hostd.requests import OUR_UID
 
 TYPE_CHECKING = False
@@ -138,12 +137,7 @@ def _settle(descriptor: int, shell: Shell) -> None:
     procs.prctl(procs.PR_SET_DUMPABLE, 0)  # last: changes of ids set it anew
     os.umask(0o022)
     os.chdir("/")
-    for number in range(1, 65):
-        try:
-            signals.signal(number, signals.SIG_DFL)  # Python ignores SIGPIPE and SIGXFSZ, and that survives an exec
-        except (OSError, ValueError):
-            pass
-    signals.pthread_sigmask(signals.SIG_SETMASK, [])
+    procs.default_signals()  # Python ignores SIGPIPE and SIGXFSZ
 
 
 def serve(sock: _socket.socket) -> None:
