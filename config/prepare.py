@@ -13,6 +13,7 @@ import json
 import secrets
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,12 @@ def main() -> None:
     options = parser.parse_args()
     django.setup()
     began = time.monotonic()
-    facts = VERBS[options.verb](options)
+    try:
+        facts = VERBS[options.verb](options)
+    except Exception as error:
+        # The whole of it for the log, and a last line that says it all: that is what the supervisor shows.
+        traceback.print_exc()
+        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
     sys.stdout.write(json.dumps(facts | {f"{options.verb}_seconds": round(time.monotonic() - began, 2)}) + "\n")
 
 

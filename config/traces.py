@@ -32,6 +32,8 @@ _SYSCTLS = (
 _ALWAYS_MOVING = (
     "random/",
     "_nr",
+    "-nr",
+    "perf_event_max_sample_rate",
     "dentry",
     "inode",
     "ns_last_pid",

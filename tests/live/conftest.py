@@ -21,6 +21,7 @@ import pytest
 
 from config import first, sdk, traces
 from config.state import CHECKOUT, State, free_port
+from hostd.config import installs_on_machine
 
 #: How long the first start may take where the image has to be built.
 UP_WITHIN = 420.0
@@ -46,7 +47,7 @@ class Up:
         self.environment = environment
         self.process: subprocess.Popen[str] | None = None
         self.printed = ""
-        self.output = folder.parent / "printed"
+        self.output = folder.with_name(f"{folder.name}.printed")
 
     def start(self, within: float = UP_WITHIN) -> float:
         """Start and wait until it is ready; seconds it took."""
@@ -94,8 +95,8 @@ class Up:
     def facts(self) -> dict[str, Any]:
         return json.loads(self.state.supervisor_file.read_text())
 
-    def remove(self) -> None:
-        """Stop it however it stands, and take it off the machine."""
+    def remove(self) -> str:
+        """Stop it however it stands, and take it off the machine; what was printed."""
         environment = {**os.environ, "BERTH_STATE": str(self.state.path)}
         done = subprocess.run(
             [sys.executable, "-m", "config.uninstall"],
@@ -106,6 +107,15 @@ class Up:
             timeout=300,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+def nothing_left(marks: traces.Marks) -> None:
+    """The kernel takes network and mounts apart some moments later; after that there is no trace."""
+    deadline = time.monotonic() + 10
+    while (left := traces.find(marks)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left, left
 
 
 @pytest.fixture(scope="session")
@@ -220,7 +230,8 @@ print(json.dumps([[key(account, name), account.pk] for name, account in parties]
 @pytest.fixture(scope="session")
 def berth(live_folder: Path) -> Iterator[Berth]:
     """A running installation with a first devbox, an owner, a colleague and a stranger.  Nothing is left of it
-    afterwards."""
+    afterwards, and where no other one came or went meanwhile, the kernel's settings are what they were."""
+    others, settings = installs_on_machine(), traces.sysctls()
     fault = str(live_folder / "fault")
     up = Up(live_folder / "s", BERTH_POOL_GB="12", BERTH_BIND=f"127.0.0.1:{free_port()}", BERTH_FAULT_FILE=fault)
     up.state.create()
@@ -241,10 +252,10 @@ def berth(live_folder: Path) -> Iterator[Berth]:
         up.interrupt()
     finally:
         up.remove()
-        deadline = time.monotonic() + 10
-        while (left := traces.find(marks)) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert not left, left
+        nothing_left(marks)
+        if not others and not installs_on_machine():
+            now = traces.sysctls()
+            assert {name: (was, now.get(name)) for name, was in settings.items() if now.get(name) != was} == {}
 
 
 @pytest.fixture

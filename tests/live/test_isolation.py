@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import subprocess
 import time
 
 import pytest
 
 from config import servers
+from hostd.config import UIDS_PER_BOX, slot_number
 
 pytestmark = pytest.mark.live
 
@@ -31,12 +35,22 @@ def reaches(run, address: str, port: int) -> bool:
 def test_the_hosts_servers_cannot_be_reached(berth, run) -> None:
     gateway = berth.host_config().gateway
     memory = berth.state.path / "servers.json"
-    import json
-
     ports = [value for name, value in json.loads(memory.read_text()).items() if name.endswith("_port")]
     ports += [servers.sshd_port(berth.state), int(berth.base_url.rsplit(":", 1)[1])]
     for address in (gateway, "127.0.0.1"):
         assert [port for port in set(ports) if reaches(run, address, port)] == [], address
+
+
+def test_none_of_the_machines_own_addresses_can_be_reached(berth, run) -> None:
+    """Whatever listens there, on every address: a server that was started for everybody."""
+    told = subprocess.run(["ip", "-j", "-4", "addr"], capture_output=True, text=True, check=True).stdout
+    own = {one["local"] for link in json.loads(told) for one in link["addr_info"]} - {"127.0.0.1"}
+    assert berth.host_config().gateway in own
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        port = listener.getsockname()[1]
+        for address in own:
+            socket.create_connection((address, port), 3).close()
+            assert not reaches(run, address, port), address
 
 
 def test_metadata_and_private_networks_cannot_be_reached(run) -> None:
@@ -66,29 +80,66 @@ def test_neighbours_cannot_be_reached_nor_seen(berth, run) -> None:
         "sudo sh -c 'echo b > /proc/sysrq-trigger'",
         "sudo sh -c 'echo /tmp/x > /proc/sys/kernel/core_pattern'",
         "sudo dmesg",
-        'sudo python3 -c \'import os; os.setns(os.open("/proc/1/ns/net", 0), 0) or os.listdir("/proc/1/root/var/lib/berth")\'',
+        "sudo nsenter --target 1 --mount --net true",
+        "sudo pivot_root / /mnt",
         "sudo unshare --mount true",
         "unshare --user --map-root-user true",
         "sudo ip link add dummy0 type dummy",
         "sudo python3 -c 'import socket; socket.socket(socket.AF_PACKET, socket.SOCK_RAW)'",
         "sudo sysctl -w net.ipv4.ip_forward=1",
         "sudo date -s 2001-01-01",
-        "sudo swapoff -a && sudo chroot /proc/1/root true && false",
-        "sudo insmod /tmp/x.ko",
-        "sudo btrfs subvolume create /home/user/nested || python3 -c 'import fcntl, os, struct; "
-        'fcntl.ioctl(os.open("/home/user", 0), 0x5000940e, struct.pack("q4088s", 0, b"nested"))\'',
+        "sudo mount -t cgroup2 none /mnt",
+        "sudo head -c 1 /dev/mem",
+        # init_module of junk: an operator of the machine is told that it is no module, anybody else is refused.
+        "sudo python3 -c 'import ctypes, sys; libc = ctypes.CDLL(None, use_errno=True); "
+        'libc.syscall(175, b"junk", 4, b""); sys.exit(ctypes.get_errno() in (1, 38))\'',
     ],
 )
 def test_what_only_the_machine_may_do_is_refused(run, attempt: str) -> None:
-    assert run(attempt)[2] != 0
+    _, stderr, status = run(attempt)
+    assert status != 0
+    assert "command not found" not in stderr and "AttributeError" not in stderr, "it was not even tried"
 
 
-def test_the_hosts_files_are_not_there(berth, run) -> None:
+#: Make a subvolume, as each of the calls that there are would, and a snapshot of the disk; 0 when any of them worked.
+SUBVOLUMES = """
+import fcntl, os, struct, sys
+here = os.open("/home/user", os.O_RDONLY)
+made = []
+for call, arguments in (
+    (0x5000940E, struct.pack("q4088s", 0, b"one")),
+    (0x50009418, struct.pack("QQQ32s4040s", 0, 0, 0, b"", b"two")),
+    (0x50009401, struct.pack("q4088s", os.open("/", os.O_RDONLY), b"three")),
+    (0x50009417, struct.pack("qQQ32s4040s", os.open("/", os.O_RDONLY), 0, 0, b"", b"four")),
+):
+    try:
+        fcntl.ioctl(here, call, bytearray(arguments))
+        made.append(hex(call))
+    except OSError as error:
+        print(hex(call), error)
+sys.exit(f"made by {made}" if made else 7)
+"""
+
+
+@pytest.mark.parametrize("who", ["", "sudo "])
+def test_no_subvolume_is_made_inside_a_disk(berth, run, prisoner: str, who: str) -> None:
+    stdout, stderr, status = run(f"{who}python3 -c '{SUBVOLUMES}'")
+    assert (status, stderr) == (7, ""), stderr
+    assert len(stdout.splitlines()) == 4
+    (slot,) = berth.rows("SELECT slot FROM devboxes_devbox WHERE id = %s", prisoner)[0]
+    listed = subprocess.run(
+        ["btrfs", "subvolume", "list", berth.host_config().pool], capture_output=True, text=True, check=True
+    )
+    assert f"{slot}/" not in listed.stdout
+
+
+def test_the_hosts_files_are_not_there(berth, run, prisoner: str) -> None:
     for path in (str(berth.state.path), "/var/lib/berth", berth.host_config().root, berth.host_config().run):
         assert run(f"sudo ls {path} 2>/dev/null")[0] == "", path
     assert run("sudo cat /etc/shadow | grep -c berth")[0] == "0\n"
     uid = run("cat /proc/self/uid_map")[0].split()
-    assert int(uid[1]) >= 1 << 28 and int(uid[2]) == 65536
+    (slot,) = berth.rows("SELECT slot FROM devboxes_devbox WHERE id = %s", prisoner)[0]
+    assert [int(number) for number in uid] == [0, berth.host_config().uid_base(slot_number(slot)), UIDS_PER_BOX]
 
 
 def test_a_fork_bomb_stops_at_the_limit_and_the_box_recovers(berth, box: str) -> None:
