@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from django.conf import settings
 
 from accounts.models import Account
+from api.errors import TooManyRequests
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,3 +32,33 @@ def limits(account_id: str) -> Limits:
         executions_at_once=own.CAP_EXECUTIONS if row[1] is None else row[1],
         open_streams=own.CAP_STREAMS if row[2] is None else row[2],
     )
+
+
+_open: collections.Counter[str] = collections.Counter()
+
+
+class CountedStream:
+    """The body of one streaming answer, which counts against its account's open streams until it is closed."""
+
+    def __init__(self, account_id: str, cap: int, events: AsyncGenerator[bytes, None]) -> None:
+        """Raises TooManyRequests at the cap, which is per server process."""
+        if _open[account_id] >= cap:
+            raise TooManyRequests(f"this account has {cap} streams open, as many as it may; close one", retry_after=5)
+        _open[account_id] += 1
+        self._account_id: str | None = account_id
+        self._events = events
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        return await anext(self._events)
+
+    async def aclose(self) -> None:
+        """End the stream and give the place back. Safe to call twice."""
+        account_id, self._account_id = self._account_id, None
+        if account_id is not None:
+            _open[account_id] -= 1
+            if not _open[account_id]:
+                del _open[account_id]
+        await self._events.aclose()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
+from accounts.caps import CountedStream, limits
 from api import asynchronous
 from api.asynchronous import StreamResponse, going_down, in_database, json_response
 from api.callers import Caller
@@ -332,10 +333,12 @@ async def wait_for_status(request: asynchronous.Request) -> asynchronous.Respons
 async def watch_evictions(request: asynchronous.Request) -> StreamResponse:
     """Nothing is ever taken away from an account here, so there is nothing but heartbeats."""
     headers = {"content-type": "text/event-stream", "cache-control": "no-store", "x-accel-buffering": "no"}
-    return StreamResponse(200, headers, _heartbeats())
+    account_id = request.caller.account_id
+    cap = (await in_database(limits, account_id)).open_streams
+    return StreamResponse(200, headers, CountedStream(account_id, cap, _heartbeats()))
 
 
-async def _heartbeats() -> AsyncIterator[bytes]:
+async def _heartbeats() -> AsyncGenerator[bytes, None]:
     while not going_down.is_set():
         yield b": ping\n\n"
         try:

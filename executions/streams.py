@@ -16,15 +16,15 @@ What clients depend on:
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final, cast
 
 import orjson
 
-from api.errors import ApiError, TooManyRequests
+from accounts.caps import CountedStream
+from api.errors import ApiError
 from api.stopping import going_down
 from api.threads import in_database
 from api.waiting import hub
@@ -63,10 +63,7 @@ class OutputLost(Exception):
     """Bytes that were written are gone."""
 
 
-_open: collections.Counter[str] = collections.Counter()
-
-
-class Updates:
+class Updates(CountedStream):
     """The body of one streaming answer. Counts against its account's open streams until it is closed."""
 
     def __init__(
@@ -79,26 +76,7 @@ class Updates:
         offset: int,
     ) -> None:
         """Raises TooManyRequests at the cap, which is per server process."""
-        if _open[account_id] >= cap:
-            raise TooManyRequests(f"this account has {cap} streams open, as many as it may; close one", retry_after=5)
-        _open[account_id] += 1
-        self._account_id: str | None = account_id
-        self._events = _events(read, view, stream, offset)
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        return await anext(self._events)
-
-    async def aclose(self) -> None:
-        """Stop following and give the place back. Safe to call twice."""
-        account_id, self._account_id = self._account_id, None
-        if account_id is not None:
-            _open[account_id] -= 1
-            if not _open[account_id]:
-                del _open[account_id]
-        await self._events.aclose()
+        super().__init__(account_id, cap, _events(read, view, stream, offset))
 
 
 async def _events(

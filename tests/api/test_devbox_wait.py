@@ -135,3 +135,21 @@ def test_evictions_is_a_stream_of_heartbeats(alice: Party, web: Any, monkeypatch
     assert stream.status == 200 and stream.headers["content-type"].startswith("text/event-stream")
     assert stream.events.updates == [] and stream.events.error is None
     assert web.get("/v1/devboxes/evictions/watch").status_code == 401
+
+
+def test_evictions_count_as_open_streams(alice: Party, bob: Party, web: Any) -> None:
+    from accounts.models import Account
+
+    Account.objects.filter(pk=alice.account_id).update(max_open_streams=1)
+
+    async def scenario() -> tuple[int | None, int]:
+        first = Streaming(alice, "/v1/devboxes/evictions/watch")
+        await first.until(lambda events: events.comments >= 1)
+        refused = await web.send("GET", "/v1/devboxes/evictions/watch", key=alice.secret)
+        await first.leave()
+        again = Streaming(alice, "/v1/devboxes/evictions/watch")
+        await again.until(lambda events: events.comments >= 1)
+        await again.leave()
+        return again.status, refused.status_code
+
+    assert web.run(scenario()) == (200, 429)

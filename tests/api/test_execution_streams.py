@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from accounts import caps
 from api.stopping import GoingDown
 from executions import streams
 from executions.models import Execution
@@ -300,7 +301,7 @@ def test_a_client_that_leaves_a_busy_stream_leaves_nothing_behind(world, alice, 
         return [task for task in asyncio.all_tasks() if "anext" in repr(task) or "GoingDown" in repr(task)]
 
     assert run(world, scenario()) == []
-    assert not streams._open
+    assert not caps._open
 
 
 def test_a_client_that_leaves_frees_its_place(world, alice, settings):
@@ -315,14 +316,14 @@ def test_a_client_that_leaves_frees_its_place(world, alice, settings):
         assert second.status == 429
         assert int(second.headers["retry-after"]) >= 1
         await first.leave()
-        assert not streams._open
+        assert not caps._open
         third = Streaming(alice, url(world, execution_id))
         await third.until(lambda events: events.comments == 1)
         world.fake.finish(execution_id)
         await third.end()
 
     run(world, scenario())
-    assert not streams._open
+    assert not caps._open
 
 
 def test_a_stranger_streams_nothing(world, alice, bob, charlie):
