@@ -104,7 +104,8 @@ def _check_room(columns: Mapping[str, Any]) -> None:
     size = columns["cpu_millis"], columns["memory_mb"], columns["disk_mb"]
     if placement.fits_any(*size, columns["architecture"]):
         return
-    hosts = Host.objects.filter(state__in=[HostState.READY, HostState.ENROLLING, HostState.RETIRING])
+    # Of a host that is being enrolled the size is not known yet: with no other it is too early to say never.
+    hosts = Host.objects.filter(state__in=[HostState.READY, HostState.RETIRING])
     if not hosts.exists():
         raise Unavailable(
             "no VM host is enrolled yet; the operator enrols one with manage.py enrol_host", retry_after=5

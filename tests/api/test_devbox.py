@@ -255,6 +255,13 @@ def test_no_host_at_all(alice: Party) -> None:
     assert "enrol" in answer.json()["message"]
 
 
+def test_while_the_first_host_is_being_enrolled(alice: Party, fake: FakeHost) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE hosts_host SET state = 'enrolling', cpu_millis = 0, memory_mb = 0, disk_mb = 0")
+    answer = alice.post("/v1/devboxes", {})
+    assert answer.status_code == 503 and answer.headers["retry-after"]
+
+
 def test_the_cap_counts_what_is_not_over(alice: Party, bob: Party, charlie: Party, fake: FakeHost) -> None:
     from accounts.models import Account
 
