@@ -13,8 +13,10 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from accounts.access import access_account
+from accounts.models import ApiKey
 from accounts.services import NAME_MAX, create_key, new_secret, secret_of_request
-from api.errors import BadRequest
+from api.callers import Caller
+from api.errors import BadRequest, Forbidden
 from api.idempotency import body_digest, idempotent
 from api.permissions import caller_of, raw_body_of, request_id_of
 from api.validation import INT64_MAX, StrictSerializer, TextField, WholeField
@@ -79,7 +81,7 @@ class ApiKeys(APIView):
         asked = ApiKeyCreateParameters(data=request.data)
         asked.is_valid(raise_exception=True)
         name = asked.validated_data.get("name") or ""
-        expires_at_ms = asked.validated_data.get("expires_at_ms")
+        expires_at_ms = _within_own_life(caller, asked.validated_data.get("expires_at_ms"))
         request_id = request_id_of(request)
         secret = secret_of_request(caller.account_id, request_id) if request_id else new_secret()
 
@@ -92,6 +94,18 @@ class ApiKeys(APIView):
             digest = body_digest(raw_body_of(request))
             key_id, _ = idempotent(caller, request_id, "apikeys.create", digest, make)
         return Response({"id": key_id, "name": name, "key_secret": secret, "expires_at_ms": expires_at_ms})
+
+
+def _within_own_life(caller: Caller, expires_at_ms: int | None) -> int | None:
+    """When the new key ends: as asked, but not after the key that asks, else whoever took a key that ends soon could
+    make one that never does. Raises Forbidden when a later end was asked for."""
+    own = ApiKey.objects.filter(pk=caller.key_id).values_list("expires_at", flat=True).first()
+    if own is None:
+        return expires_at_ms
+    last = int(own.timestamp() * 1000)
+    if expires_at_ms is not None and expires_at_ms > last:
+        raise Forbidden(f"expires_at_ms: a key that ends at {last} makes none that ends later")
+    return last if expires_at_ms is None else expires_at_ms
 
 
 def _moment(milliseconds: int | None) -> datetime.datetime | None:

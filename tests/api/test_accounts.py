@@ -100,6 +100,21 @@ def test_a_made_key_works_and_its_secret_is_kept_nowhere(web, alice):
     assert (row.account_id, row.member_id) == (alice.account_id, alice.member_id)
 
 
+def test_a_key_makes_none_that_outlives_it(alice):
+    ends = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+    _, secret = create_key(alice.account_id, "short", expires_at=ends)
+    last = int(ends.timestamp() * 1000)
+
+    def ask(body):
+        return alice.post("/v1/apikeys", body, headers={"authorization": f"Bearer {secret}"})
+
+    assert ask({}).json()["expires_at_ms"] == last
+    assert ApiKey.objects.order_by("-created_at").first().expires_at <= ends
+    assert ask({"expires_at_ms": last - 1000}).json()["expires_at_ms"] == last - 1000
+    refused = ask({"expires_at_ms": last + 1000})
+    assert refused.status_code == 403 and str(last) in refused.json()["message"]
+
+
 @pytest.mark.parametrize("body", [None, {}, {"name": None, "expires_at_ms": None}])
 def test_a_key_needs_no_body(alice, body):
     made = alice.post("/v1/apikeys", body)
