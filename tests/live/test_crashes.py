@@ -1,10 +1,11 @@
-"""Everything is killed, and every devbox and command still comes to a true end within bounds, with nothing left over."""
+"""Everything is killed, and every devbox and command still comes to a true end in time, with nothing left over."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -15,6 +16,8 @@ from typing import Any
 import httpx
 import pytest
 import redis
+
+from hostd.config import BOXES, UIDS_PER_BOX
 
 pytestmark = pytest.mark.live
 
@@ -55,12 +58,32 @@ def wait_until(true, within: float, what: str) -> None:
         time.sleep(0.1)
 
 
+def processes(host) -> set[str]:
+    """The boxes, by the name of their interface, whose users have processes on this machine: a process that is left
+    has its uid, and with it a network and a mount namespace, even when it is in no cgroup of ours any more."""
+    boxes, keepers = host.uid_base(0), host.keeper_uid(0)
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            uid = int((folder / "status").read_text().split("Uid:\t", 1)[1].split()[0])
+        except (OSError, IndexError):
+            continue
+        if boxes <= uid < boxes + BOXES * UIDS_PER_BOX:
+            found.add(host.link((uid - boxes) // UIDS_PER_BOX))
+        elif keepers <= uid < keepers + BOXES:
+            found.add(host.link(uid - keepers))
+    return found
+
+
 def leftovers(berth) -> dict[str, set[str]]:
     """What there is of boxes on the host, by kind."""
     host = berth.host_config()
     groups = {path.name for path in Path("/sys/fs/cgroup").glob(f"*/{host.cgroup}/*") if path.is_dir()}
     links = {path.name for path in Path("/sys/class/net").glob(f"{host.link_prefix}*")}
+    mounts = Path(f"/proc/{hostd_pid(berth)}/mountinfo").read_text()
     return {
+        "processes": processes(host),
+        "mounts": set(re.findall(r"\bs\d+-[0-9a-f]{6}\b", mounts)),
         "cgroups": groups,
         "interfaces": links,
         "disks": {path.name for path in Path(host.disks).iterdir()},
@@ -136,8 +159,21 @@ def test_a_worker_killed_while_it_starts_a_command_which_runs_once(
     assert berth.owner.run(box, "cat /tmp/count")[0] == "ran\n"
 
 
-def test_a_worker_killed_while_it_stores_a_large_output(berth, fault, no_orphans, box: str) -> None:
-    fault.arm("executions.store.acted")
+@pytest.mark.parametrize("moment", ["claimed", "acted"])
+def test_a_worker_killed_while_it_kills_a_command(berth, fault, no_orphans, box: str, moment: str) -> None:
+    begun = berth.owner.post(f"/v1/devboxes/{box}/execute_async", {"command": "sleep 3000"})
+    path = f"/v1/devboxes/{box}/executions/{begun['execution_id']}"
+    fault.arm(f"executions.kill.{moment}")
+    berth.owner.post(f"{path}/kill")
+    wait_until(lambda: berth.owner.get(path)["status"] == "completed", TAKEN_OVER_WITHIN, "the command is over")
+    wait_until(fault.struck, 20, "the worker came to the point")
+    assert berth.owner.get(path)["exit_status"] == 137
+    assert berth.owner.run(box, "pgrep -x sleep || echo none") == ("none\n", "", 0)
+
+
+@pytest.mark.parametrize("moment", ["claimed", "acted"])
+def test_a_worker_killed_while_it_stores_a_large_output(berth, fault, no_orphans, box: str, moment: str) -> None:
+    fault.arm(f"executions.store.{moment}")
     begun = berth.owner.post(f"/v1/devboxes/{box}/execute_async", {"command": "seq 1 200000"})
     path = f"/v1/devboxes/{box}/executions/{begun['execution_id']}"
     wait_until(fault.struck, 30, "the worker came to the point")
