@@ -46,7 +46,7 @@ test: venv  ## every test, those on real boxes too (root)
 	@$(AS_ROOT) $(RUN) -m pytest $(ARGS)
 
 bench: venv  ## speed and memory: tables, and build/bench.json (root)
-	@$(AS_ROOT) $(RUN) -m tests.bench
+	@$(AS_ROOT) $(RUN) -m tests.bench $(ARGS)
 
 lint: venv  ## ruff, mypy and the import rules
 	@$(VENV)/bin/ruff check .

@@ -1,0 +1,1 @@
+"""Speed and memory, measured on a throwaway installation and never asserted: ``make bench``."""
