@@ -173,6 +173,12 @@ def prove(url: str, key: str) -> int:
         expect(devboxes.await_running(box.id).status, "running")
         expect(devboxes.shutdown(box.id).status, "shutdown")
 
+    def created_at_once() -> None:
+        # Older clients make and wait in two requests; the operation is asked for by its path, so that all try it.
+        box: Any = client.post("/v1/devboxes/create_and_await_running", cast_to=object, body={"name": "third"})
+        expect(box["status"], "running")
+        expect(devboxes.shutdown(box["id"]).status, "shutdown")
+
     def evictions() -> None:
         with devboxes.watch_evictions() as events:
             expect(events.response.status_code, 200)
@@ -233,6 +239,7 @@ def prove(url: str, key: str) -> int:
     )
     check("field not built: 400", lambda: refused(400, lambda: devboxes.create(snapshot_id="snp_" + "0" * 26)))
     check("create, await_running", created)
+    check("create_and_await_running, by its path", created_at_once)
     check("evictions", evictions)
     check("shutdown, twice", shutdown)
     check("every operation was asked for", lambda: expect(never_asked_for(operations(url), asked), []))
