@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import redis
 from celery import Celery
 
@@ -9,7 +11,7 @@ from config import env
 
 REPLIES = "bench-replies"
 
-app = Celery("bench", broker=env.text("REDIS_URL"), fixups=[])
+app = Celery("bench", broker=env.text("REDIS_URL") or None, fixups=[])
 app.conf.update(
     task_ignore_result=True,
     worker_pool="threads",
@@ -19,10 +21,14 @@ app.conf.update(
     task_default_queue="bench",
     broker_connection_retry_on_startup=True,
 )
-_replies = redis.Redis.from_url(env.text("REDIS_URL"))
 
 
 @app.task(name="bench.noop")
 def noop() -> None:
     """Answer."""
-    _replies.rpush(REPLIES, b"1")
+    _replies().rpush(REPLIES, b"1")
+
+
+@functools.cache
+def _replies() -> redis.Redis:
+    return redis.Redis.from_url(env.text("REDIS_URL"))
