@@ -98,10 +98,7 @@ def _applies(rule: dict[str, Any], arches: set[str]) -> bool:
 
 def _ioctls() -> list[dict[str, Any]]:
     """Every ioctl whose type byte is not btrfs's: "differs in bit 8, or in bit 9, ..."; and reflinks by name."""
-    rules = [
-        _masked("ioctl", 1, 1 << bit, (1 << bit) ^ ((_BTRFS_IOCTL << 8) & (1 << bit)))
-        for bit in range(8, 16)
-    ]
+    rules = [_masked("ioctl", 1, 1 << bit, (1 << bit) ^ ((_BTRFS_IOCTL << 8) & (1 << bit))) for bit in range(8, 16)]
     return rules + [_masked("ioctl", 1, 0xFFFFFFFF, number) for number in _REFLINK_IOCTLS]
 
 

@@ -181,5 +181,3 @@ def install_packages(say: Say) -> None:
         if argv is install and done.returncode == 0:
             return
     raise Refused("internal", f"{' '.join(install)} failed: {words[-600:]}")
-
-

@@ -109,9 +109,7 @@ def mount_idmapped(source: str, target: str, user_namespace: int) -> None:
     files, and with set-uid programs even where the file system is mounted without. Raises OSError."""
     tree = _call(_OPEN_TREE, _AT_FDCWD, ctypes.c_char_p(source.encode()), _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC)
     try:
-        attributes = struct.pack(
-            "=QQQQ", MOUNT_ATTR_IDMAP | MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, 0, user_namespace
-        )
+        attributes = struct.pack("=QQQQ", MOUNT_ATTR_IDMAP | MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, 0, user_namespace)
         wanted = ctypes.create_string_buffer(attributes)
         _call(_MOUNT_SETATTR, tree, ctypes.c_char_p(b""), _AT_EMPTY_PATH, wanted, 32)
         _call(
