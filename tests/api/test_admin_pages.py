@@ -24,7 +24,7 @@ from tests.devbox_world import make_host, row, work
 from tests.house.tree import ROOMS
 
 MODELS = [model for model in apps.get_models() if model._meta.app_label in ROOMS]
-ROWS_OF = [*MODELS, User, Group]
+ROWS_OF: list[type[Model]] = [*MODELS, User, Group]
 
 
 def page(thing: Model, name: str = "change") -> str:

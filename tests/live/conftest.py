@@ -45,7 +45,7 @@ class Up:
     def __init__(self, folder: Path, **environment: str) -> None:
         self.state = State(folder)
         self.environment = environment
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.printed = ""
         self.output = folder.with_name(f"{folder.name}.printed")
 
@@ -93,7 +93,8 @@ class Up:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return json.loads(self.state.supervisor_file.read_text())
+        facts: dict[str, Any] = json.loads(self.state.supervisor_file.read_text())
+        return facts
 
     def remove(self) -> str:
         """Stop it however it stands, and take it off the machine; what was printed."""
@@ -248,7 +249,8 @@ def berth(live_folder: Path) -> Iterator[Berth]:
         )  # fmt: skip
         assert made.returncode == 0, made.stderr
         keys = [Key(facts["base_url"], *pair) for pair in json.loads(made.stdout.splitlines()[-1])]
-        yield Berth(up, facts["base_url"], *keys, env=up.state.read_env())
+        owner, colleague, stranger = keys
+        yield Berth(up, facts["base_url"], owner, colleague, stranger, env=up.state.read_env())
         up.interrupt()
     finally:
         up.remove()

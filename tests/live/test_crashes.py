@@ -32,7 +32,7 @@ def fault(berth) -> Iterator[Any]:
 
     class Fault:
         def arm(self, point: str) -> int:
-            before = berth.pids()["worker"]
+            before = int(berth.pids()["worker"])
             switch.write_text(point)
             return before
 
@@ -200,7 +200,7 @@ def streamed(berth, path: str, into: list[str] | None = None) -> str:
 
 def _stream_on(berth, path: str, parts: list[str]) -> bool:
     """Take what comes from where we are; whether that was all there will ever be."""
-    over = berth.owner.client.get(path).json().get("status") == "completed"
+    over = bool(berth.owner.client.get(path).json().get("status") == "completed")
     offset = str(len("".join(parts).encode()))
     with berth.owner.client.stream("GET", f"{path}/stream_stdout_updates", params={"offset": offset}) as answer:
         if answer.status_code != 200:
@@ -250,7 +250,7 @@ class Watched:
 
 def answers(berth) -> bool:
     try:
-        return berth.owner.client.get("/v1/accounts/me").status_code == 200
+        return bool(berth.owner.client.get("/v1/accounts/me").status_code == 200)
     except httpx.TransportError:
         return False
 

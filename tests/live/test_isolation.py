@@ -29,7 +29,7 @@ def run(berth, prisoner):
 
 def reaches(run, address: str, port: int) -> bool:
     """Does a TCP connection from the box come about?"""
-    return run(f"timeout 3 bash -c '</dev/tcp/{address}/{port}' && echo open", timeout=30)[0] == "open\n"
+    return bool(run(f"timeout 3 bash -c '</dev/tcp/{address}/{port}' && echo open", timeout=30)[0] == "open\n")
 
 
 def test_the_hosts_servers_cannot_be_reached(berth, run) -> None:

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import boto3
 import psycopg
@@ -53,7 +54,8 @@ def test_postgresql_answers_with_fsync_on_and_refuses_a_wrong_password(servers) 
     with psycopg.connect(url) as connection:
         assert connection.execute("SHOW fsync").fetchone() == ("on",)
         assert connection.execute("SELECT current_database()").fetchone() == ("berth",)
-    for host in ({}, {"host": "127.0.0.1"}):
+    elsewhere: tuple[dict[str, Any], ...] = ({}, {"host": "127.0.0.1"})
+    for host in elsewhere:
         with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
             psycopg.connect(url, password="wrong", **host)
 
