@@ -7,14 +7,16 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
-from config import first
+from config import first, traces
 from config.state import CHECKOUT, free_port
+from config.up import interrupts
 from tests.live.conftest import Up
 
 #: Fifty of the smallest devboxes promise more than a small machine has; only the promise is in the way.
@@ -24,6 +26,14 @@ ROOM = {
     "BERTH_OVERCOMMIT_MEMORY": "8",
     "BERTH_OVERCOMMIT_DISK": "32",
 }
+
+
+def environment(up: Up) -> dict[str, str]:
+    """This process's environment with the installation's settings, and none of another installation's: a measure
+    must never touch the servers that a shell happens to point at."""
+    foreign = ("BERTH_", "S3_", "DATABASE_URL", "REDIS_URL")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    return {**own, **up.state.read_env(), "BERTH_STATE": str(up.state.path)}
 
 
 @dataclass
@@ -54,7 +64,7 @@ class Target:
         """Run a program inside Django with the installation's settings; what it printed."""
         done = subprocess.run(
             [sys.executable, "manage.py", "shell", "--no-imports", "-c", program],
-            cwd=CHECKOUT, env={**os.environ, "BERTH_STATE": str(self.up.state.path)},
+            cwd=CHECKOUT, env=environment(self.up),
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         if done.returncode:
@@ -65,13 +75,15 @@ class Target:
 @contextlib.contextmanager
 def throwaway() -> Iterator[Target]:
     """A running installation; nothing is left of it afterwards."""
-    with tempfile.TemporaryDirectory(prefix="berth-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="berth-bench-") as name, interrupts():
         folder = Path(name)
         folder.chmod(0o755)  # sockets and boxes are below it
         up = Up(folder / "s", BERTH_BIND=f"127.0.0.1:{free_port()}", **ROOM)
         up.state.create()
+        marks = traces.Marks.of(up.state)
         try:
             up.start()
+            marks = traces.Marks.of(up.state)
             facts = first.running(up.state)
             assert facts is not None
             key = up.state.api_key_file.read_text().strip()
@@ -81,3 +93,8 @@ def throwaway() -> Iterator[Target]:
             up.interrupt()
         finally:
             up.remove()
+        deadline = time.monotonic() + 10
+        while (left := traces.find(marks)) and time.monotonic() < deadline:
+            time.sleep(0.2)  # the kernel takes apart network and mounts some moments later
+        if left:
+            raise RuntimeError(f"left behind: {left}")

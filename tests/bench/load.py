@@ -30,7 +30,10 @@ def run(host: str, port: int, path: str, key: str, connections: int, seconds: fl
     while time.perf_counter() < end:
         for ready, _ in waiting.select(1.0):
             sock = ready.data
-            buffers[sock] += sock.recv(65536)
+            data = sock.recv(65536)
+            if not data:
+                raise RuntimeError("the server closed a connection under load")
+            buffers[sock] += data
             if not _complete(buffers[sock]):
                 continue
             now = time.perf_counter()

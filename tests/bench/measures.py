@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ from config import sdk, traces
 from config.state import CHECKOUT
 from hostd import cgroups
 from tests.bench.figures import Figure, figure
-from tests.bench.installation import Target
+from tests.bench.installation import Target, environment
 from tests.bench.noop import REPLIES as _REPLIES
 
 LOAD_PROCESSES, LOAD_CONNECTIONS, LOAD_SECONDS = 2, 16, 6.0
@@ -80,12 +80,37 @@ def _last_json(printed: str) -> list[float]:
 
 
 def create_to_running(target: Target) -> Iterator[Figure]:
-    """Cold, asked by the published SDK; the baseline is the host's own part of it, crun included, through SSH."""
-    host = figure("host_make_box", "ms", _last_json(target.python(_HOST)))
-    yield host
+    """Cold, asked by the published SDK; the baseline is crun alone with the same configuration. Between the two stands
+    the host's own part, through SSH: disk, network, user namespace, limits, crun, keeper."""
+    crun = figure("plain_crun", "ms", _plain_crun(target))
+    yield crun
+    yield figure("host_make_box", "ms", _last_json(target.python(_HOST)), crun.median)
     argv = [str(sdk.python(sdk.PYTHON_VERSIONS[0])), "-c", _SDK, target.base_url, target.key, "20"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True, env={"PATH": "/usr/bin:/bin"})
-    yield figure("create_to_running", "ms", _last_json(done.stdout)[1:], host.median)
+    yield figure("create_to_running", "ms", _last_json(done.stdout)[1:], crun.median)
+
+
+def _plain_crun(target: Target) -> list[float]:
+    """`crun run` of `true` with a devbox's own configuration, but namespaces made on the spot and the image as root."""
+    host = traces.Marks.of(target.up.state).host
+    assert host is not None
+    box = target.create()
+    slot = next(name[2:] for name in cgroups.detect().children(host.cgroup) if name.startswith("b-"))
+    config = json.loads(Path(host.bundle(slot), "config.json").read_text())
+    target.shutdown(box)
+    image = next(Path(host.pool, "images").iterdir())
+    config["root"] = {"path": str(image), "readonly": True}
+    config["process"]["args"] = ["/bin/true"]
+    linux = config["linux"]
+    linux["namespaces"] = [{"type": one["type"]} for one in linux["namespaces"] if one["type"] != "user"]
+    linux.pop("uidMappings", None)
+    linux.pop("gidMappings", None)
+    config["mounts"] = [one for one in config["mounts"] if one["type"] != "bind"]
+    with tempfile.TemporaryDirectory(prefix="berth-bench-crun-") as bundle:
+        Path(bundle, "config.json").write_text(json.dumps(config))
+        enter = ["nsenter", f"--mount={host.run}/mounts/ns"]
+        argv = [*enter, "crun", f"--root={bundle}/state", "--cgroup-manager=disabled", "run", "-b", bundle, "bench"]
+        return [timed(lambda: subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)) for _ in range(15)]
 
 
 def warm_create_to_result(target: Target) -> Iterator[Figure]:
@@ -121,9 +146,9 @@ def execute_true(target: Target) -> Iterator[Figure]:
 
 
 def _celery_hops(target: Target) -> list[float]:
-    environment = {**os.environ, **target.up.state.read_env(), "BERTH_STATE": str(target.up.state.path)}
+    settings = environment(target.up)
     argv = [sys.executable, "-m", "celery", "-A", "tests.bench.noop", "worker", "-Q", "bench", "--without-mingle"]
-    worker = subprocess.Popen(argv, cwd=CHECKOUT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    worker = subprocess.Popen(argv, cwd=CHECKOUT, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     send = (
         "import json, os, time, redis\nfrom tests.bench.noop import REPLIES, noop\n"
         "replies = redis.Redis.from_url(os.environ['REDIS_URL'])\ntook = []\n"
@@ -133,7 +158,7 @@ def _celery_hops(target: Target) -> list[float]:
     )
     try:
         done = subprocess.run(
-            [sys.executable, "-c", send], cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=90
+            [sys.executable, "-c", send], cwd=CHECKOUT, env=settings, capture_output=True, text=True, timeout=90
         )
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
@@ -141,7 +166,7 @@ def _celery_hops(target: Target) -> list[float]:
     finally:
         worker.terminate()
         worker.wait(20)
-        redis.Redis.from_url(environment["REDIS_URL"]).delete(_REPLIES)
+        redis.Redis.from_url(settings["REDIS_URL"]).delete(_REPLIES)
 
 
 def burst_50(target: Target) -> Iterator[Figure]:
