@@ -147,7 +147,7 @@ PermitUserRC no""",
 def _descendants(pid: int) -> list[int]:
     found = [pid]
     for one in found:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it may end while it is looked at
             for task in pathlib.Path(f"/proc/{one}/task").iterdir():
                 found += [int(child) for child in (task / "children").read_text().split()]
     return found

@@ -134,22 +134,34 @@ def test_a_refused_socket_is_told_at_once(sshd: Sshd, stub: StubHostd, folder: p
 
 
 def test_a_late_success_is_closed_and_leaks_nothing(sshd: Sshd, stub: StubHostd) -> None:
+    others = set(sshd.sessions())  # of connections that have just ended, perhaps
     transport = ssh.dial(sshd.login())
-    (session,) = [pid for pid in sshd.sessions() if b"notty" in cmdline(pid)] or [sshd.sessions()[-1]]
-    os.kill(session, signal.SIGSTOP)
+    # What sshd has for this connection once its login is over: the processes named [net] and [accepted] are gone then.
+    eventually(lambda: (new := set(sshd.sessions()) - others) and not any(b"[" in told(pid) for pid in new))
+    sessions = set(sshd.sessions()) - others
+    send(sessions, signal.SIGSTOP)
     try:
         with pytest.raises(ssh.TimedOut):
             transport.open_stream(str(stub.path), soon(0.3))
     finally:
-        os.kill(session, signal.SIGCONT)
+        send(sessions, signal.SIGCONT)
     eventually(lambda: stub.accepted == 1)  # late as it is, sshd has opened it
     eventually(lambda: transport.channels == 0 and stub.open == 0)
     assert ask(transport, stub.path, verb="state") == {"ok": True}
     transport.close()
 
 
-def cmdline(pid: int) -> bytes:
-    return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+def send(pids: set[int], number: signal.Signals) -> None:
+    for pid in pids:
+        os.kill(pid, number)
+
+
+def told(pid: int) -> bytes:
+    """What a process says it is doing; of one that is gone: that it is none of ours."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"[priv]", b"") or b"[gone]"
+    except OSError:
+        return b"[gone]"
 
 
 def test_two_mib_unread_stop_the_host_and_lose_nothing(sshd: Sshd, stub: StubHostd) -> None:
@@ -227,6 +239,7 @@ def test_a_stopped_server_shows_no_sign_of_life(sshd: Sshd, stub: StubHostd) -> 
     transport.probe()
     eventually(lambda: transport.heard_at > before)
     sshd.signal_all(signal.SIGSTOP)
+    time.sleep(0.2)  # what it had sent before arrives
     before = transport.heard_at
     transport.probe()
     time.sleep(0.3)
