@@ -10,7 +10,7 @@ A connection carries one JSON request line and is answered by one JSON line::
 
 Host verbs may follow one another on a kept connection. After a box verb the connection belongs to that box's keeper,
 and further verbs for the same box may follow on it. A request with ``"body": N`` is followed by N raw bytes. A raw
-answer is framed (:func:`frame`): u32 big-endian length and bytes, repeated; a zero length; a JSON trailer line. An
+answer is framed (`framing.py`): u32 big-endian length and bytes, repeated; a zero length; a JSON trailer line. An
 answer that ends without its trailer was cut and must not be taken for complete. `watch` is answered by its ok line, and
 then by one line per event for as long as the connection lasts; lines of acks go the other way.
 
@@ -21,17 +21,22 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Literal, NotRequired, TypedDict, cast
+
+from hostd.framing import FRAME_HEADER_BYTES as FRAME_HEADER_BYTES
+from hostd.framing import FRAMES_END as FRAMES_END
+from hostd.framing import TRAILER_MAX as TRAILER_MAX
+from hostd.framing import FrameParser as FrameParser
+from hostd.framing import ProtocolError as ProtocolError
+from hostd.framing import frame as frame
+from hostd.framing import parse_object as parse_object
 
 PROTOCOL: Final = 1
 
 # Bounds, in bytes unless the name says otherwise. Both sides refuse what is larger.
 LINE_MAX: Final = 64 * 1024  # a request line, with its newline
 REPLY_MAX: Final = 16 * 1024 * 1024  # a reply or event line; `report` of a full host is the largest
-FRAME_MAX: Final = 1024 * 1024  # one frame of a raw answer
-TRAILER_MAX: Final = 64 * 1024
 READ_MAX: Final = 16 * 1024 * 1024  # one `read`
 SPAWN_BODY_MAX: Final = 4 * 1024 * 1024  # command (1 MiB), environment and input
 STDIN_BODY_MAX: Final = 1024 * 1024
@@ -82,10 +87,6 @@ class Refused(Exception):
         self.code = code
         self.message = message
         self.extra = extra
-
-
-class ProtocolError(Exception):
-    """The other side sent what the protocol does not allow. The connection cannot be used any further."""
 
 
 # --- what travels ---------------------------------------------------------------------------------------------------
@@ -416,17 +417,6 @@ def request(verb: str, **fields: Any) -> bytes:
     return line
 
 
-def parse_object(line: bytes) -> dict[str, Any]:
-    """The JSON object of one line. Raises :class:`ProtocolError` for anything else."""
-    try:
-        message = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError("the line is not JSON") from error
-    if not isinstance(message, dict):
-        raise ProtocolError("the line is not a JSON object")
-    return message
-
-
 def check_request(message: Mapping[str, Any]) -> None:
     """Raise :class:`Refused` (unknown_verb, bad_request, too_large) unless every known field is right."""
     if message.get("v") != PROTOCOL:
@@ -526,74 +516,3 @@ def parse_acks(line: bytes) -> list[tuple[str, str]]:
             raise ProtocolError("an ack is a pair of a box and an id")
         found.append((pair[0], pair[1]))
     return found
-
-
-# --- framing --------------------------------------------------------------------------------------------------------
-
-_LENGTH = struct.Struct("!I")
-FRAME_HEADER_BYTES: Final = _LENGTH.size
-FRAMES_END: Final = _LENGTH.pack(0)
-
-
-def frame_header(length: int) -> bytes:
-    """The four bytes before ``length`` bytes. Raises ValueError outside 1..FRAME_MAX (zero is the end mark)."""
-    if not 0 < length <= FRAME_MAX:
-        raise ValueError(f"a frame has 1..{FRAME_MAX} bytes, not {length}")
-    return _LENGTH.pack(length)
-
-
-def frame(data: bytes) -> bytes:
-    return frame_header(len(data)) + data
-
-
-class FrameParser:
-    """Takes a raw answer apart as it arrives, in pieces of any size, and holds back no bytes of a frame.
-
-    Feed it what follows the reply line. ``trailer`` is set once everything arrived; ``rest`` then holds what came
-    after it. Whoever sees the connection end with ``trailer`` still None was cut off.
-    """
-
-    def __init__(self) -> None:
-        self.trailer: dict[str, Any] | None = None
-        self.rest = b""
-        self._held = b""
-        self._left = 0  # bytes still to come of the current frame
-        self._ended = False  # the zero frame was seen
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """The payload pieces in ``data``. Raises :class:`ProtocolError`."""
-        if self.trailer is not None:
-            self.rest += data
-            return []
-        pieces: list[bytes] = []
-        if self._held:
-            data = self._held + data
-            self._held = b""
-        at = 0
-        while at < len(data) and not self._ended:
-            if self._left:
-                piece = data[at : at + self._left]
-                pieces.append(piece)
-                at += len(piece)
-                self._left -= len(piece)
-                continue
-            if len(data) - at < FRAME_HEADER_BYTES:
-                break
-            (self._left,) = _LENGTH.unpack_from(data, at)
-            at += FRAME_HEADER_BYTES
-            if self._left == 0:
-                self._ended = True
-            elif self._left > FRAME_MAX:
-                raise ProtocolError(f"a frame of {self._left} bytes is over the limit of {FRAME_MAX}")
-        self._held = data[at:]
-        if self._ended:
-            self._finish()
-        return pieces
-
-    def _finish(self) -> None:
-        line, newline, rest = self._held.partition(b"\n")
-        if newline:
-            self.trailer = parse_object(line)
-            self._held, self.rest = b"", rest
-        elif len(line) > TRAILER_MAX:
-            raise ProtocolError(f"a trailer is over the limit of {TRAILER_MAX} bytes")
