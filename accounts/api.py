@@ -6,18 +6,20 @@ import datetime
 from typing import Any
 
 from django.db import transaction
-from drf_spectacular.utils import extend_schema
+from drf_spectacular.utils import OpenApiResponse, extend_schema
 from rest_framework import serializers
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from accounts.access import access_account
+from accounts.access import access_account, access_key
+from accounts.authentication import digest as digest_of
 from accounts.models import ApiKey
 from accounts.services import NAME_MAX, create_key, new_secret, secret_of_request
 from api.callers import Caller
-from api.errors import BadRequest, Forbidden
+from api.errors import BadRequest, Conflict, Forbidden
 from api.idempotency import body_digest, idempotent
+from api.ids import new_id
 from api.permissions import caller_of, raw_body_of, request_id_of
 from api.validation import INT64_MAX, StrictSerializer, TextField, WholeField
 
@@ -74,7 +76,10 @@ class ApiKeys(APIView):
         tags=["apikeys"],
         summary="Make an API key for this account.",
         request=ApiKeyCreateParameters,
-        responses=ApiKeyCreatedView,
+        responses={
+            200: ApiKeyCreatedView,
+            409: OpenApiResponse(description="The key that this request made is of no use any more."),
+        },
     )
     def post(self, request: Request) -> Response:
         caller = caller_of(request)
@@ -83,17 +88,38 @@ class ApiKeys(APIView):
         name = asked.validated_data.get("name") or ""
         expires_at_ms = _within_own_life(caller, asked.validated_data.get("expires_at_ms"))
         request_id = request_id_of(request)
-        secret = secret_of_request(caller.account_id, request_id) if request_id else new_secret()
+        new, fresh = new_id("key"), new_secret()
+
+        def secret_of(key_id: str) -> str:
+            return secret_of_request(caller.key_id or "", key_id, request_id) if request_id else fresh
 
         def make() -> str:
             expires_at = _moment(expires_at_ms)
-            key, _ = create_key(caller.account_id, name, caller.member_id, expires_at, secret=secret)
-            return key.pk
+            create_key(caller.account_id, name, caller.member_id, expires_at, key_id=new, secret=secret_of(new))
+            return new
 
         with transaction.atomic():
             digest = body_digest(raw_body_of(request))
-            key_id, _ = idempotent(caller, request_id, "apikeys.create", digest, make)
-        return Response({"id": key_id, "name": name, "key_secret": secret, "expires_at_ms": expires_at_ms})
+            made, replayed = idempotent(caller, request_id, "apikeys.create", digest, make, new)
+            key = access_key(caller, made)
+            secret = secret_of(made)
+            if replayed:
+                _check_usable(key, secret)
+        ends = None if key.expires_at is None else round(key.expires_at.timestamp() * 1000)
+        return Response({"id": made, "name": key.name, "key_secret": secret, "expires_at_ms": ends})
+
+
+def _check_usable(key: ApiKey, secret: str) -> None:
+    """Raises Conflict unless the key that an earlier request made still lets its holder in by this secret."""
+    if key.revoked_at is not None:
+        raise Conflict(f"the key {key.pk} that this x-request-id made has been revoked; use a new id for a new key")
+    if key.expires_at is not None and key.expires_at <= datetime.datetime.now(datetime.UTC):
+        raise Conflict(f"the key {key.pk} that this x-request-id made has expired; use a new id for a new key")
+    if digest_of(secret) != bytes(key.secret_sha256):
+        raise Conflict(
+            f"the secret of the key {key.pk} that this x-request-id made is told again to the key that asked for it "
+            "only; use a new id for a new key"
+        )
 
 
 def _within_own_life(caller: Caller, expires_at_ms: int | None) -> int | None:

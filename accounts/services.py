@@ -12,6 +12,7 @@ from django.db.models.functions import Now
 
 from accounts.authentication import digest
 from accounts.models import Account, ApiKey, Member
+from api.ids import new_id
 
 NAME_MAX = 200
 
@@ -31,10 +32,11 @@ def new_secret() -> str:
     return _secret(secrets.token_bytes(20))
 
 
-def secret_of_request(account_id: str, request_id: str) -> str:
-    """The secret of the key that this request makes: a repetition after a lost answer must give the same one, and
-    nothing may keep it meanwhile. Whoever has neither SECRET_KEY nor the request's id cannot know it."""
-    message = f"api key of {account_id} {request_id}".encode()
+def secret_of_request(caller_key_id: str, key_id: str, request_id: str) -> str:
+    """The secret of the key ``key_id`` that this request makes: a repetition after a lost answer must give the same
+    one, and nothing may keep it meanwhile. Whoever has neither SECRET_KEY nor the request's id cannot know it, and the
+    same request id sent with another key, or a day later for another new key, gives another secret."""
+    message = f"api key {key_id} made by {caller_key_id} {request_id}".encode()
     return _secret(hmac.digest(settings.SECRET_KEY.encode(), message, "sha256")[:20])
 
 
@@ -49,11 +51,13 @@ def create_key(
     expires_at: datetime.datetime | None = None,
     *,
     read_only: bool = False,
+    key_id: str | None = None,
     secret: str | None = None,
 ) -> tuple[ApiKey, str]:
     """A new API key and its secret, which is in no place but this answer. ``member`` is a member's id."""
     secret = secret or new_secret()
     key = ApiKey.objects.create(
+        id=key_id or new_id("key"),
         account_id=account_id,
         member_id=member,
         name=name[:NAME_MAX],

@@ -14,6 +14,7 @@ from accounts.caps import limits
 from accounts.models import Account, ApiKey
 from accounts.services import create_account, create_key, revoke_key
 from api.errors import NotFound
+from api.models import IdempotencyRecord
 from tests.conftest import make_party
 
 
@@ -148,6 +149,53 @@ def test_a_repeated_request_makes_one_key_and_gives_the_same_secret(alice, bob, 
     assert alice.post("/v1/apikeys", {"name": "other"}, headers=headers).status_code == 400
     stranger = charlie.post("/v1/apikeys", {"name": "once"}, headers=headers).json()
     assert stranger["id"] != first["id"] and stranger["key_secret"] != first["key_secret"]
+
+
+def _expire_request(request_id):
+    day = datetime.timedelta(hours=24, minutes=1)
+    changed = IdempotencyRecord.objects.filter(request_id=request_id).update(
+        created_at=datetime.datetime.now(datetime.UTC) - day
+    )
+    assert changed == 1
+
+
+def test_a_request_id_of_the_day_before_makes_another_key_with_another_secret(web, alice):
+    headers = {"x-request-id": "again"}
+    first = alice.post("/v1/apikeys", {"name": "a"}, headers=headers).json()
+    _expire_request("again")
+    second = alice.post("/v1/apikeys", {"name": "a"}, headers=headers)
+    assert second.status_code == 200, second.text
+    assert second.json()["id"] != first["id"] and second.json()["key_secret"] != first["key_secret"]
+    for made in (first, second.json()):
+        assert web.get("/v1/accounts/me", key=made["key_secret"]).status_code == 200
+    assert alice.post("/v1/apikeys", {"name": "a"}, headers=headers).json() == second.json()
+
+
+@pytest.mark.parametrize("end", ["revoked", "expired"])
+def test_a_repetition_never_tells_the_secret_of_a_dead_key(alice, end):
+    headers = {"x-request-id": "dead"}
+    first = alice.post("/v1/apikeys", {}, headers=headers).json()
+    if end == "revoked":
+        revoke_key(first["id"])
+    else:
+        past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=1)
+        ApiKey.objects.filter(pk=first["id"]).update(expires_at=past)
+    again = alice.post("/v1/apikeys", {}, headers=headers)
+    assert again.status_code == 409 and end in again.json()["message"], again.text
+    assert again.headers["x-should-retry"] == "false" and first["key_secret"] not in again.text
+
+
+def test_a_repetition_answers_what_was_made_and_to_its_maker_only(alice, bob):
+    headers = {"x-request-id": "mine"}
+    ends = int(time.time() * 1000) + 3_600_000
+    first = alice.post("/v1/apikeys", {"name": "n", "expires_at_ms": ends}, headers=headers).json()
+    ApiKey.objects.filter(pk=first["id"]).update(name="renamed")
+    assert alice.post("/v1/apikeys", {"name": "n", "expires_at_ms": ends}, headers=headers).json() == {
+        **first,
+        "name": "renamed",
+    }
+    theirs = bob.post("/v1/apikeys", {"name": "n", "expires_at_ms": ends}, headers=headers)
+    assert theirs.status_code == 409 and first["key_secret"] not in theirs.text
 
 
 def test_access_is_within_the_account(alice, bob, charlie):
