@@ -4,6 +4,7 @@ In charge of: turning those events into guarded requests and wakes. Not in charg
 Everything here may be told twice and commits before it returns.
 """
 
+import logging
 from collections.abc import Sequence
 
 from django.db import connection, transaction
@@ -14,12 +15,17 @@ from flows.outcomes import DatabaseNow
 from hosts import registry
 from hosts.registry import BoxExitEvent, ExitEvent, ExpectedBox, ExpectedExecution, HostedKind
 
+log = logging.getLogger(__name__)
+
 _NOT_OVER = "ended_at IS NULL"
 
 
 def on_box_exits(events: list[BoxExitEvent]) -> list[str]:
     """A box that ended by itself: its devbox has failed, unless it was on its way down anyway."""
+    false = _false_reports(events)
     for event in events:
+        if event.box in false:
+            continue
         if event.oom:
             reason, why = "out_of_memory", "the memory of its box was used up"
         elif event.lost:
@@ -51,10 +57,11 @@ def on_exits(events: list[ExitEvent]) -> list[str]:
 
     A step runs several pieces before it writes down which one it waits for, so every piece from the row's on counts.
     """
+    false = _false_reports(events)
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT id, step, launch_index, launch_total FROM devboxes_devbox WHERE id = ANY(%s) AND ended_at IS NULL",
-            [list({event.box for event in events})],
+            [list({event.box for event in events} - false)],
         )
         step_of: dict[str, str] = {}
         ahead: dict[str, set[str]] = {}
@@ -96,9 +103,25 @@ def _entrypoint_ended(event: ExitEvent) -> None:
         columns |= {"shutdown_reason": "entrypoint_exit", "why": f"its entrypoint ended with {event.exit}"}
         beside = transition("shutdown", None)
     with transaction.atomic():  # a repetition of the event would find the devbox over and write no log any more
-        if devbox_flow.request(event.box, columns, guard=_NOT_OVER, alongside=beside):
+        guard = f"{_NOT_OVER} AND host_id = %s"
+        if devbox_flow.request(event.box, columns, guard=guard, guard_params=(event.host_id,), alongside=beside):
             with connection.cursor() as cursor:
                 logs.write(cursor, event.box, entries)
+
+
+def _false_reports(events: Sequence[ExitEvent] | Sequence[BoxExitEvent]) -> set[str]:
+    """The boxes among them that another host has, or none: what is told of those is logged and not believed."""
+    host_of = {event.box: event.host_id for event in events}
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT d.id, d.host_id, x.host FROM unnest(%s::text[], %s::text[]) AS x(box, host) "
+            "JOIN devboxes_devbox d ON d.id = x.box WHERE d.host_id IS DISTINCT FROM x.host",
+            [list(host_of), list(host_of.values())],
+        )
+        found = cursor.fetchall()
+    for box, host_id, reporter in found:
+        log.error("%s on host %s: an end was reported by host %s, which is not believed", box, host_id, reporter)
+    return {box for box, _, _ in found}
 
 
 def expected_on_host(host_id: str) -> Sequence[ExpectedBox]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import orjson
@@ -161,11 +161,17 @@ UPDATE executions_execution e
        step = CASE WHEN x.kept = 'host' THEN 'store' ELSE 'done' END, step_since = now(),
        wake_at = CASE WHEN x.kept = 'host' THEN now() END, wakes = e.wakes + 1, attempts = 0,
        lease = NULL, lease_until = NULL, error_code = NULL, error_detail = NULL
-  FROM unnest(%s::text[], %s::text[], %s::int[], %s::jsonb[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[],
-              %s::bytea[], %s::bytea[], %s::text[], %s::bigint[], %s::bigint[])
-       AS x(id, box, code, reason, out_size, err_size, out_dropped, err_dropped, stdout, stderr, kept, started, exited)
- WHERE e.id = x.id AND e.devbox_id = x.box AND e.completed_at IS NULL
+  FROM unnest(%s::text[], %s::text[], %s::text[], %s::int[], %s::jsonb[], %s::bigint[], %s::bigint[], %s::bigint[],
+              %s::bigint[], %s::bytea[], %s::bytea[], %s::text[], %s::bigint[], %s::bigint[])
+       AS x(id, box, host, code, reason, out_size, err_size, out_dropped, err_dropped, stdout, stderr, kept, started,
+            exited)
+ WHERE e.id = x.id AND e.devbox_id = x.box AND e.host_id = x.host AND e.completed_at IS NULL
 RETURNING e.id, e.devbox_id, e.step, e.stop_why
+"""
+_NOT_THEIRS: Final = """
+SELECT e.id, e.devbox_id, e.host_id, x.box, x.host
+  FROM unnest(%s::text[], %s::text[], %s::text[]) AS x(id, box, host) JOIN executions_execution e ON e.id = x.id
+ WHERE e.devbox_id <> x.box OR e.host_id <> x.host
 """
 
 
@@ -173,7 +179,8 @@ def finish_executions(events: Sequence[ExitEvent]) -> list[str]:
     """Complete what has ended, in one statement for the batch, and return the ids a host may forget: all of them.
 
     The first to write an end wins, whoever holds the row: a step that is still at work loses its lease. Committed
-    (synchronously) before it returns. An event that comes again, or of a row that is not there, changes nothing.
+    (synchronously) before it returns. An event that comes again, of a row that is not there, or from a host that the
+    command was never on, changes nothing; the last is logged.
     """
     if not events:
         return []
@@ -184,6 +191,7 @@ def finish_executions(events: Sequence[ExitEvent]) -> list[str]:
         (
             [event.id for event in batch],
             [event.box for event in batch],
+            [event.host_id for event in batch],
             [event.exit for event in batch],
             [None if event.reason is None else orjson.dumps(event.reason).decode() for event in batch],
             [event.out_size for event in batch],
@@ -197,6 +205,9 @@ def finish_executions(events: Sequence[ExitEvent]) -> list[str]:
             [event.exited_at_ms for event in batch],
         ),
     )
+    if len(finished) < len(batch):
+        ended = {row[0] for row in finished}
+        _note_false_reports({event.id: event for event in batch if event.id not in ended})
     hints.publish(*[row[0] for row in finished])
     for execution_id, _, step, _ in finished:
         if step == "store":
@@ -205,6 +216,12 @@ def finish_executions(events: Sequence[ExitEvent]) -> list[str]:
     if devboxes_ending:
         devbox_flow.wake(*devboxes_ending)
     return list(latest)
+
+
+def _note_false_reports(events: Mapping[str, ExitEvent]) -> None:
+    boxes, hosts = [event.box for event in events.values()], [event.host_id for event in events.values()]
+    for row in _fetch_all(_NOT_THEIRS, (list(events), boxes, hosts)):
+        log.error("%s of %s on host %s: an end was reported for %s by host %s, which is not believed", *row)
 
 
 def _kept(event: ExitEvent) -> str:

@@ -10,6 +10,7 @@ from django.db import connection
 from api.callers import Caller
 from devboxes import launch, services, states
 from devboxes.devbox_flow import devbox_flow
+from devboxes.models import Devbox
 from flows.outcomes import Next
 from hosts import delivery, registry
 from hosts.client import use_fake
@@ -28,20 +29,6 @@ from tests.devbox_world import (
 from tests.fake_host import FakeHost
 
 pytestmark = pytest.mark.django_db
-
-
-@pytest.fixture
-def caller(db: None) -> Caller:
-    from accounts.services import create_account
-
-    return Caller(account_id=create_account("A").pk, key_id="key_x")
-
-
-@pytest.fixture
-def fake(db: None) -> Any:
-    host = make_host()
-    yield host
-    use_fake(host.host_id, None)
 
 
 def test_the_entrypoint_s_end_is_the_devbox_s(caller: Caller, fake: FakeHost) -> None:
@@ -195,3 +182,25 @@ def test_a_move_that_is_not_in_the_table_is_refused(caller: Caller, fake: FakeHo
     devbox_id = create(caller)
     with pytest.raises(RuntimeError, match="may not go from place to launch"):
         devbox_flow.settle(claim(devbox_id), Next(states.LAUNCH))
+
+
+def test_what_another_host_tells_of_a_devbox_is_not_believed(
+    caller: Caller, fake: FakeHost, other: FakeHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    serving = created_running(caller, entrypoint="serve")
+    launching = create(caller, launch_parameters={"launch_commands": ["x"]})
+    work()
+    before = {pk: Devbox.objects.values().get(pk=pk) for pk in (serving, launching)}
+    for devbox_id, what in ((serving, launch.ENTRYPOINT), (launching, 0)):
+        piece = launch.work_id(devbox_id, what)
+        other.prepare_disk(box=devbox_id, fence=2**60, image="base", disk_bytes=1)
+        other.boot(box=devbox_id, fence=2**60, cpu_millis=1, memory_bytes=1, pids=1, disk_bytes=1, hostname="x")
+        other.spawn(box=devbox_id, id=piece, fence=2**60, body={"command": "x"})
+        other.finish(piece)
+        other.box_exit(devbox_id)
+    other.deliver()
+    assert other.unacked == {}, "it has said it, and need not say it again"
+    assert {pk: Devbox.objects.values().get(pk=pk) for pk in (serving, launching)} == before
+    assert logged(serving) == [("serve", None, None)]
+    told = [record.getMessage() for record in caplog.records if "not believed" in record.getMessage()]
+    assert len(told) == 4 and all(other.host_id in line and fake.host_id in line for line in told), told

@@ -12,7 +12,7 @@ from devboxes import services
 from devboxes.devbox_flow import DevboxRow, devbox_flow
 from flows.engine import registered
 from flows.outcomes import Outcome
-from hosts.client import HostRefused, use_fake
+from hosts.client import HostRefused
 from tests.devbox_world import (
     claim,
     create,
@@ -20,7 +20,6 @@ from tests.devbox_world import (
     expire,
     lapse,
     logged,
-    make_host,
     promised,
     row,
     sleep_over,
@@ -30,20 +29,6 @@ from tests.devbox_world import (
 from tests.fake_host import FakeHost
 
 pytestmark = pytest.mark.django_db
-
-
-@pytest.fixture
-def caller(db: None) -> Caller:
-    from accounts.services import create_account
-
-    return Caller(account_id=create_account("A").pk, key_id="key_x")
-
-
-@pytest.fixture
-def fake(db: None) -> Any:
-    host = make_host()
-    yield host
-    use_fake(host.host_id, None)
 
 
 def test_the_flow_is_registered_for_the_sweep() -> None:

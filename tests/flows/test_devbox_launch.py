@@ -11,13 +11,11 @@ from django.db import connection
 from api.callers import Caller
 from devboxes import launch
 from devboxes.devbox_flow import devbox_flow
-from hosts.client import use_fake
 from tests.devbox_world import (
     create,
     created_running,
     expire,
     logged,
-    make_host,
     promised,
     row,
     sleep_over,
@@ -27,20 +25,6 @@ from tests.devbox_world import (
 from tests.fake_host import FakeHost
 
 pytestmark = pytest.mark.django_db
-
-
-@pytest.fixture
-def caller(db: None) -> Caller:
-    from accounts.services import create_account
-
-    return Caller(account_id=create_account("A").pk, key_id="key_x")
-
-
-@pytest.fixture
-def fake(db: None) -> Any:
-    host = make_host()
-    yield host
-    use_fake(host.host_id, None)
 
 
 EVERYTHING: dict[str, Any] = {

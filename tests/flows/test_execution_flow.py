@@ -196,6 +196,20 @@ def test_an_end_of_an_unknown_execution_is_acknowledged(fake, devbox):
     assert services.finish_executions([]) == []
 
 
+def test_an_end_from_another_host_is_not_believed(create, fake, devbox, caplog):
+    pk, other = create(), make_host("other")
+    run(pk)
+    before = Execution.objects.values().get(pk=pk)
+    lie = event(pk, devbox, other, exit=0, stdout=b"forged")
+    assert services.finish_executions([lie]) == [pk]
+    assert Execution.objects.values().get(pk=pk) == before
+    (told,) = [record.getMessage() for record in caplog.records if "not believed" in record.getMessage()]
+    assert pk in told and fake.host_id in told and other.host_id in told
+    fake.finish(pk, exit=4)
+    fake.deliver()
+    assert row(pk).exit_status == 4
+
+
 def test_an_end_from_another_box_is_not_believed(create, account, fake):
     pk = create()
     run(pk)
