@@ -29,7 +29,7 @@ from executions.outputs import output_key
 from flows.engine import Flow, Row
 from flows.outcomes import DatabaseNow, Done, LeaseLost, Next, Outcome, Wait
 from hostd.messages import StateReply
-from hosts.client import HostRefused, StaleFence, client_for, outputs
+from hosts.client import HostRefused, StaleFence, client_for, index_records, outputs
 
 SPAWN_HOLD_MS: Final = 25
 """How long the host may keep the answer to spawn back for a command that ends at once: its exit then comes with it."""
@@ -181,6 +181,7 @@ class ExecutionFlow(Flow[ExecutionRow]):
         return Done(
             {
                 "kept": Kept.STORE,
+                "output_index": _index(row),
                 "out_hole": progress.get("stdout", {}).get("hole"),
                 "err_hole": progress.get("stderr", {}).get("hole"),
                 "upload": None,
@@ -214,6 +215,7 @@ class ExecutionFlow(Flow[ExecutionRow]):
         }
         if found is not None:
             learnt |= {"kept": Kept.ROW, "stdout": found[0], "stderr": found[1]}
+            learnt["output_index"] = index_records(reply)
         reason = reply.get("reason")
         return self._ended(row, reply.get("exit", -1), dict(reason) if reason else None, learnt)
 
@@ -254,6 +256,15 @@ class ExecutionFlow(Flow[ExecutionRow]):
                 "deadline_at": None,
             }
         )
+
+
+def _index(row: ExecutionRow) -> bytes | None:
+    try:
+        return client_for(row.host_id).index(box=row.devbox_id, id=row.id).records
+    except HostRefused as error:
+        if error.code != "unknown_verb":  # a keeper that was made by an earlier release knows no times
+            raise
+        return None
 
 
 execution_flow = ExecutionFlow()

@@ -77,6 +77,8 @@ class Execution(Durable):
     out_hole = models.BigIntegerField(null=True, blank=True)
     err_hole = models.BigIntegerField(null=True, blank=True)
     upload = models.JSONField(null=True, blank=True, help_text="How far the copy to S3 has come.")
+    # As hostd.messages.INDEX_RECORD describes it: what a log's lines get their times from.
+    output_index = models.BinaryField(null=True, blank=True, help_text="When the output came.")
 
     class Meta(Durable.Meta):
         abstract = False

@@ -155,16 +155,16 @@ UPDATE executions_execution e
        reason = CASE WHEN e.stop_why IS NOT NULL AND x.code <> 0 AND x.reason->>'kind' IS DISTINCT FROM 'lost'
                      THEN jsonb_build_object('kind', e.stop_why) ELSE x.reason END,
        out_size = x.out_size, err_size = x.err_size, out_dropped = x.out_dropped, err_dropped = x.err_dropped,
-       stdout = x.stdout, stderr = x.stderr, kept = x.kept,
+       stdout = x.stdout, stderr = x.stderr, kept = x.kept, output_index = x.output_index,
        started_at = coalesce(to_timestamp(x.started / 1000.0), e.started_at),
        exited_at = coalesce(to_timestamp(x.exited / 1000.0), now()),
        step = CASE WHEN x.kept = 'host' THEN 'store' ELSE 'done' END, step_since = now(),
        wake_at = CASE WHEN x.kept = 'host' THEN now() END, wakes = e.wakes + 1, attempts = 0,
        lease = NULL, lease_until = NULL, error_code = NULL, error_detail = NULL
   FROM unnest(%s::text[], %s::text[], %s::text[], %s::int[], %s::jsonb[], %s::bigint[], %s::bigint[], %s::bigint[],
-              %s::bigint[], %s::bytea[], %s::bytea[], %s::text[], %s::bigint[], %s::bigint[])
+              %s::bigint[], %s::bytea[], %s::bytea[], %s::text[], %s::bigint[], %s::bigint[], %s::bytea[])
        AS x(id, box, host, code, reason, out_size, err_size, out_dropped, err_dropped, stdout, stderr, kept, started,
-            exited)
+            exited, output_index)
  WHERE e.id = x.id AND e.devbox_id = x.box AND e.host_id = x.host AND e.completed_at IS NULL
 RETURNING e.id, e.devbox_id, e.step, e.stop_why
 """
@@ -203,6 +203,7 @@ def finish_executions(events: Sequence[ExitEvent]) -> list[str]:
             [_kept(event) for event in batch],
             [event.started_at_ms for event in batch],
             [event.exited_at_ms for event in batch],
+            [event.index for event in batch],
         ),
     )
     if len(finished) < len(batch):

@@ -16,7 +16,7 @@ import os
 import struct
 import time
 
-from hostd import packets, polling, requests
+from hostd import log_verbs, packets, polling, requests
 from hostd.execution import Execution
 from hostd.executions import Executions
 from hostd.requests import Refused
@@ -100,6 +100,7 @@ class Client:
         "_body",
         "_buffer",
         "_clients",
+        "_closing",
         "_descriptor",
         "_events",
         "_file",
@@ -124,6 +125,7 @@ class Client:
         self._out: list[memoryview | FileRange] = []
         self._file: tuple[Stream, int] | None = None  # the open file of the range that is being sent
         self._follow: Follow | None = None
+        self._closing: Callable[[], None] | None = None
         self._hung_up = False  # it will send nothing more
         self._timer: polling.Timer | None = None
         self._events = polling.READ
@@ -146,6 +148,8 @@ class Client:
         self._state = "closed"
         self._unfollow()
         self._close_file()
+        if self._closing is not None:
+            self._closing()
         if self._timer is not None:
             self._timer.cancel()
         self._clients.poller.off(self._descriptor)
@@ -259,12 +263,14 @@ class Client:
 
     # --- out
 
-    def answer(self, message: dict[str, Any], body: FileRange | None = None) -> None:
+    def answer(self, message: dict[str, Any], body: FileRange | bytes | None = None) -> None:
         """Send the answer line (and raw bytes behind it); the next request may come."""
         if self._state != "busy":
             return
         self._out.append(memoryview(packets.dumps(message) + b"\n"))
-        if body is not None and body.left:
+        if isinstance(body, bytes):
+            self._out.append(memoryview(body))
+        elif body is not None and body.left:
             self._out.append(body)
         self._state = "line"
         self._flush()
@@ -275,6 +281,22 @@ class Client:
         self._follow = Follow(execution, stream, offset)
         stream.watchers.append(self._pump)
         self._flush()
+
+    def begin_frames(self, answer: dict[str, Any], closing: Callable[[], None]) -> None:
+        """Send the answer line; frames follow until the connection ends, which is told by `closing`."""
+        self._closing = closing
+        self._out.append(memoryview(packets.dumps(answer) + b"\n"))
+        self._flush()
+
+    def frame(self, data: bytes) -> None:
+        """Send a frame of a raw phase that was begun."""
+        if self._state != "closed":
+            self._out.append(memoryview(struct.pack("!I", len(data)) + data))
+            self._flush()
+
+    def is_behind(self) -> bool:
+        """Has it not taken yet what it was sent?"""
+        return bool(self._out)
 
     def _pump(self) -> None:
         if not self._out:
@@ -477,6 +499,9 @@ def _follow(client: Client, executions: Executions, request: dict[str, Any], bod
 
 
 def _read(client: Client, executions: Executions, request: dict[str, Any], body: bytes) -> None:
+    if request.get("stream") in ("late_stdout", "late_stderr"):
+        log_verbs.read_late(client, executions, request)
+        return
     _, stream = _stream(executions, request)
     offset = requests.whole(request, "offset", 0, 1 << 62, default=0)
     limit = requests.whole(request, "limit", 0, requests.READ_BYTES, default=requests.READ_BYTES)
@@ -548,6 +573,9 @@ VERBS: dict[str, Callable[[Client, Executions, dict[str, Any], bytes], None]] = 
     "read": _read,
     "stdin": _stdin,
     "list": _list,
+    "index": log_verbs.index,
+    "sizes": log_verbs.sizes,
+    "changes": log_verbs.changes,
 }
 BODY_LIMITS = {"spawn": requests.SPAWN_BODY_BYTES, "stdin": requests.STDIN_BYTES}
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from hostd.output_index import Index
     from hostd.stdin import Stdin
 
 
@@ -34,7 +35,9 @@ class Execution:
         "exited_at_ms",
         "fence",
         "id",
+        "index",
         "killed",
+        "late",
         "pending_kill",
         "pid",
         "pidfd",
@@ -55,6 +58,8 @@ class Execution:
         self.pid, self.pidfd = 0, -1
         self.streams = streams
         self.stdin: Stdin | None = None
+        self.index: Index | None = None  # when its output came; set as soon as it is known
+        self.late: Index | None = None  # and when what came after its exit did
         self.status: int | None = None  # wait status, known before the outputs are complete
         self.reap = False  # the zombie is ours to reap once its exit is written down
         self.exit: int | None = None

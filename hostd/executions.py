@@ -26,6 +26,7 @@ import time
 from hostd import packets, polling, procs, requests
 from hostd.execution import Execution, Settings, now_ms
 from hostd.journal import Journal
+from hostd.output_index import Index
 from hostd.procs import signals
 from hostd.requests import Refused
 from hostd.spawner_link import Order, SpawnerLink
@@ -80,6 +81,8 @@ class Executions:
         self.by_pid: dict[int, Execution] = {}
         self._active = 0
         self.box_gone = False
+        self.listeners: list[Callable[[Execution], None]] = []
+        """Called whenever a command has more output, has begun to run or has ended."""
 
     # --- verbs
 
@@ -139,7 +142,7 @@ class Executions:
         execution = self.known.get(name)
         if execution is not None and execution.acked:
             for stream in execution.streams:
-                stream.remove()
+                stream.remove(late=False)
 
     def stdin(
         self, execution: Execution, request: str, data: bytes, eof: bool, reply: Callable[[dict[str, Any]], None]
@@ -171,6 +174,9 @@ class Executions:
             out, err = (stream.in_base64() for stream in execution.streams)
             if out is not None and err is not None:
                 answer.update(stdout=out, stderr=err)
+                index = execution.index.for_event() if execution.index is not None else None
+                if index is not None:
+                    answer["index"] = index
         return answer
 
     def unacknowledged(self) -> list[Execution]:
@@ -189,8 +195,7 @@ class Executions:
             newer = len(acked) - 1 - place
             small = sum(execution.sizes()) <= INLINE_BYTES or all(s.removed or not s.size for s in execution.streams)
             if newer >= REMEMBERED or (newer >= REMEMBERED_ANYWAY and execution.acked < old and small):
-                for stream in execution.streams:
-                    stream.remove()
+                self._remove(execution)
                 self._journal.write(execution.id, {"gone": True})
                 del self.known[execution.id]
         kept = [(e, sum(s.kept for s in e.streams)) for e in acked if e.id in self.known]
@@ -199,8 +204,16 @@ class Executions:
             if total <= self._settings.budget:
                 break
             if size:
-                self.forget(execution.id)
+                self._remove(execution)
                 total -= size
+
+    def _remove(self, execution: Execution) -> None:
+        for stream in execution.streams:
+            stream.remove(late=True)
+        for index in (execution.index, execution.late):
+            if index is not None:
+                index.remove()
+        execution.late = None
 
     # --- a command's life
 
@@ -209,12 +222,26 @@ class Executions:
             Stream(self._poller, self._directory, self._bucket, name, number, self._settings.cap) for number in (1, 2)
         ]
         execution = Execution(name, fence, streams)
+        execution.index = Index(self._directory, f"{name}.index", execution.started_at_ms)
         self.known[name] = execution
         self._active += 1
         for stream in streams:
             stream.closed = lambda: self._pipe_closed(execution)
+            stream.noted = lambda number, end, late: self._noted(execution, number, end, late)
             stream.punching = lambda start, end, n=stream.number: self._journal.write(name, {f"hole{n}": [start, end]})
         return execution
+
+    def _noted(self, execution: Execution, number: int, end: int, late: bool) -> None:
+        if late and execution.late is None:
+            execution.late = Index(self._directory, f"{execution.id}.late-index", 0, through=True)
+        index = execution.late if late else execution.index
+        if index is not None:
+            index.note(number, end)
+        self._changed(execution)
+
+    def _changed(self, execution: Execution) -> None:
+        for call in self.listeners:
+            call(execution)
 
     def _check_fence(self, execution: Execution, fence: int) -> None:
         if fence < execution.fence:
@@ -380,7 +407,8 @@ class Executions:
         if execution.state == "exited":
             return
         exited_at = execution.exited_at_ms or now_ms()
-        facts = {"exit": code, "reason": reason, "sizes": execution.sizes(), "end": exited_at}
+        kept = execution.index.seal() if execution.index is not None else {}
+        facts = {"exit": code, "reason": reason, "sizes": execution.sizes(), "end": exited_at, **kept}
         try:
             self._journal.write(execution.id, facts)
         except OSError as error:
@@ -422,7 +450,8 @@ class Executions:
             return
         execution.settled = True
         for stream in execution.streams:
-            stream.closed = stream.punching = None  # what refers back to us: a box remembers many commands
+            # What refers back to us: a box remembers many commands.
+            stream.closed = stream.punching = stream.noted = None
         self._active -= 1
         self._park({"drop": execution.id}, [])
 
@@ -434,6 +463,7 @@ class Executions:
         return execution
 
     def _tell(self, execution: Execution) -> None:
+        self._changed(execution)
         waiters, execution.waiters = execution.waiters, []
         for call in waiters:
             call()
@@ -466,6 +496,7 @@ class Executions:
             for stream, size in zip(execution.streams, sizes, strict=True):
                 hole = facts.get(f"hole{stream.number}")
                 stream.recover(size, (hole[0], hole[1]) if hole else None)
+            self._recover_index(execution, facts)
             left = parked.pop(name, None)
             if "exit" in facts:
                 self._recover_exited(execution, facts, left)
@@ -484,6 +515,16 @@ class Executions:
             if "pidfd" in left.descriptors:
                 _kill(left.descriptors["pidfd"])
             packets.close_all(left.descriptors.values())
+
+    def _recover_index(self, execution: Execution, facts: dict[str, Any]) -> None:
+        assert execution.index is not None
+        written = {stream.number: (stream.size, stream.changed_at_ms()) for stream in execution.streams if stream.size}
+        execution.index.recover(facts, "exit" in facts, written)
+        if any(stream.late for stream in execution.streams):
+            execution.late = Index(self._directory, f"{execution.id}.late-index", 0, through=True)
+            execution.late.recover({}, False, {})
+            for number, size in execution.late.ends().items():
+                execution.streams[number - 1].recover_late(size)
 
     def _recover_exited(self, execution: Execution, facts: dict[str, Any], left: Any) -> None:
         execution.state, execution.exit, execution.reason = "exited", facts["exit"], facts.get("reason")

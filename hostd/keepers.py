@@ -567,6 +567,8 @@ def _exit_event(message: dict[str, Any]) -> dict[str, Any] | None:
     event["reason"] = reason
     if isinstance(message.get("stdout"), str) and isinstance(message.get("stderr"), str):
         event["stdout"], event["stderr"] = message["stdout"], message["stderr"]
+        if isinstance(message.get("index"), str):
+            event["index"] = message["index"]
     return event
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Literal, NotRequired, TypedDict, cast
 
@@ -41,6 +42,7 @@ READ_MAX: Final = 16 * 1024 * 1024  # one `read`
 SPAWN_BODY_MAX: Final = 4 * 1024 * 1024  # command (1 MiB), environment and input
 STDIN_BODY_MAX: Final = 1024 * 1024
 SHIP_BODY_MAX: Final = 16 * 1024 * 1024
+INDEX_MAX: Final = 64 * 1024 + 256  # the records of one command
 INLINE_MAX: Final = 64 * 1024  # outputs up to this size together travel inside the exit event
 ACKS_MAX: Final = 500  # pairs in one ack line; keeps the line below LINE_MAX
 IDS_MAX: Final = 500
@@ -57,7 +59,9 @@ BOX_EXIT_ID: Final = "box"  # a box_exit event is acknowledged as [box, "box"]
 HOST_VERBS: Final = frozenset(
     {"hello", "report", "prepare_disk", "boot", "destroy", "watch", "set_warm", "ship", "restart"}
 )
-BOX_VERBS: Final = frozenset({"spawn", "state", "kill", "ack", "forget", "follow", "read", "stdin", "list"})
+BOX_VERBS: Final = frozenset(
+    {"spawn", "state", "kill", "ack", "forget", "follow", "read", "stdin", "list", "index", "sizes", "changes"}
+)
 VERBS: Final = HOST_VERBS | BOX_VERBS
 
 ErrorCode = Literal[
@@ -95,6 +99,7 @@ ExecutionState = Literal["running", "exited"]
 BoxState = Literal["disk", "up", "down"]
 ReasonKind = Literal["oom", "killed", "lost", "exec_failed", "killed_before_start"]
 Stream = Literal["stdout", "stderr"]
+LateStream = Literal["late_stdout", "late_stderr"]  # what came after the exit; only its last 1 MiB is kept
 
 
 class Reason(TypedDict):
@@ -199,7 +204,22 @@ class StateReply(TypedDict):
     dropped: NotRequired[list[int]]
     stdout: NotRequired[str]
     stderr: NotRequired[str]
+    index: NotRequired[str]  # base64 of index records, at most 1,024; beside stdout and stderr
     exited_at_ms: NotRequired[int]
+
+
+class Sizes(TypedDict):
+    """A command with output to look at: bytes of its two streams, and of what came after its exit."""
+
+    id: str
+    state: ExecutionState
+    sizes: list[int]
+    late: list[int]
+    started_at_ms: int
+
+
+class SizesReply(TypedDict):
+    executions: list[Sizes]
 
 
 class ListReply(TypedDict):
@@ -251,6 +271,7 @@ class ExitEvent(TypedDict):
     exited_at_ms: int
     stdout: NotRequired[str]  # base64
     stderr: NotRequired[str]
+    index: NotRequired[str]
 
 
 class BoxExitEvent(TypedDict):
@@ -269,6 +290,10 @@ class HeartbeatEvent(TypedDict):
 
 
 Event = ExitEvent | BoxExitEvent | HeartbeatEvent
+
+INDEX_RECORD: Final = struct.Struct("<QQ")
+"""One record of an index: (milliseconds since 1970) * 2 + (0 for stdout, 1 for stderr); bytes of that stream by then.
+Every byte of a stream belongs to the first record of that stream that reaches beyond it."""
 
 # --- checking -------------------------------------------------------------------------------------------------------
 
@@ -377,7 +402,7 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
     "read": {
         "box": (is_box_id, True),
         "id": (is_work_id, True),
-        "stream": (_stream, True),
+        "stream": (_one_of("stdout", "stderr", "late_stdout", "late_stderr"), True),
         "offset": (_size, True),
         "limit": (_whole(0, READ_MAX), True),
         "last_lines": (_whole(0, 2**31), False),
@@ -390,6 +415,9 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
         "body": (_whole(0, STDIN_BODY_MAX), True),
     },
     "list": {"box": (is_box_id, True)},
+    "index": {"box": (is_box_id, True), "id": (is_work_id, True), "late": (_flag, False)},
+    "sizes": {"box": (is_box_id, True)},
+    "changes": {"box": (is_box_id, True)},
 }
 
 

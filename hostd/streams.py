@@ -71,6 +71,7 @@ class Stream:
         "closed",
         "hole",
         "name",
+        "noted",
         "number",
         "pipe",
         "punching",
@@ -98,6 +99,7 @@ class Stream:
         self.watchers: list[Callable[[], None]] = []  # called when there are more bytes, and when sealed
         self.closed: Callable[[], None] | None = None  # the pipe is at its end
         self.punching: Callable[[int, int], None] | None = None  # writes the hole down; raises OSError
+        self.noted: Callable[[int, int, bool], None] | None = None  # number, bytes now, after the exit
 
     # --- beginning and end
 
@@ -174,14 +176,52 @@ class Stream:
             os.close(descriptor)
         return binascii.b2a_base64(data, newline=False).decode("ascii")
 
-    def remove(self) -> None:
-        """Delete what was kept. The pipe goes on being drained."""
+    def remove(self, *, late: bool) -> None:
+        """Delete what was kept, and what came after the exit if `late`. The pipe goes on being drained."""
         self.removed = self.size > 0
-        for name in (self.name, self.name + ".late"):
+        if late:
+            self._late = 0
+        for name in (self.name, self.name + ".late") if late else (self.name,):
             try:
                 os.unlink(name, dir_fd=self._directory)
             except FileNotFoundError:
                 pass
+
+    def read_late(self, offset: int, limit: int) -> tuple[int, bytes]:
+        """Return bytes that came after the exit, and where they begin: `offset`, or later if that has been written
+        over. Offsets count all late bytes, kept or not."""
+        offset = max(offset, self._late - LATE_BYTES)
+        length = min(limit, self._late - offset)
+        if length <= 0:
+            return offset, b""
+        try:
+            descriptor = os.open(self.name + ".late", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
+        except FileNotFoundError:
+            return self._late, b""
+        try:
+            place = offset % LATE_BYTES
+            data = os.pread(descriptor, min(length, LATE_BYTES - place), place)
+            if len(data) < length:
+                data += os.pread(descriptor, length - len(data), 0)
+        finally:
+            os.close(descriptor)
+        return offset, data
+
+    @property
+    def late(self) -> int:
+        """Bytes that came after the exit."""
+        return self._late
+
+    def recover_late(self, size: int) -> None:
+        """What a dead keeper knew to have come after the exit, which its ring does not tell once it is full."""
+        self._late = max(self._late, size)
+
+    def changed_at_ms(self) -> int:
+        """Return when the file was last written to."""
+        try:
+            return os.stat(self.name, dir_fd=self._directory).st_mtime_ns // 1_000_000
+        except FileNotFoundError:
+            return 0
 
     def close(self) -> None:
         """Give up the pipe: its writers get SIGPIPE."""
@@ -196,7 +236,7 @@ class Stream:
     @property
     def kept(self) -> int:
         """Bytes of it on the disk."""
-        return 0 if self.removed else self.size - self.dropped
+        return (0 if self.removed else self.size - self.dropped) + min(self._late, LATE_BYTES)
 
     # --- bytes
 
@@ -238,6 +278,8 @@ class Stream:
             return None
         self.stalled = False
         self._bucket.take(moved)
+        if moved and self.noted is not None:
+            self.noted(self.number, self._late if self.sealed else self.size, self.sealed)
         if self.size > self.cap and not self.sealed:
             self._free_middle()
         return moved

@@ -23,9 +23,11 @@ from hostd import messages
 from hostd.messages import (
     BootReply,
     HelloReply,
+    LateStream,
     ListReply,
     PrepareDiskReply,
     ReportReply,
+    Sizes,
     SpawnBody,
     StateReply,
     StdinReply,
@@ -44,10 +46,12 @@ __all__ = [
     "HostError",
     "HostRefused",
     "HostUnreachable",
+    "IndexResult",
     "ReadResult",
     "StaleFence",
     "async_client_for",
     "client_for",
+    "index_records",
     "outputs",
     "use_fake",
 ]
@@ -63,6 +67,35 @@ class ReadResult:
     size: int
     offset: int
     data: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class IndexResult:
+    """When a command's output came: `records` as `hostd.messages.INDEX_RECORD` describes them. `sizes` are the bytes
+    of its two streams so far, `late` those that came after its exit."""
+
+    sizes: tuple[int, int]
+    late: tuple[int, int]
+    exited: bool
+    started_at_ms: int
+    records: bytes
+
+
+def _index_result(reply: Mapping[str, Any], records: bytes) -> IndexResult:
+    sizes, late = reply["sizes"], reply["late"]
+    exited = reply["state"] == "exited"
+    return IndexResult((sizes[0], sizes[1]), (late[0], late[1]), exited, reply["started_at_ms"], records)
+
+
+def index_records(reply: StateReply | messages.ExitEvent | Mapping[str, Any]) -> bytes | None:
+    """The index that comes with whole outputs, None where there is none."""
+    text = reply.get("index")
+    if not isinstance(text, str) or len(text) > messages.INDEX_MAX * 2:
+        return None
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        return None  # from a box's keeper, which is not believed
 
 
 def outputs(reply: StateReply | messages.ExitEvent | Mapping[str, Any]) -> tuple[bytes, bytes] | None:
@@ -202,7 +235,7 @@ class HostClient:
         self._ask("ack", box=box, ids=builtins.list(ids))
 
     def read(
-        self, *, box: str, id: str, stream: Stream, offset: int, limit: int, last_lines: int | None = None
+        self, *, box: str, id: str, stream: Stream | LateStream, offset: int, limit: int, last_lines: int | None = None
     ) -> ReadResult:
         """At most `limit` (<= 16 MiB) bytes from `offset`; with `last_lines`, the last lines within the limit."""
         fields = {"box": box, "id": id, "stream": stream, "offset": offset, "limit": limit, "last_lines": last_lines}
@@ -214,6 +247,21 @@ class HostClient:
             return ReadResult(reply["size"], reply["offset"], data)
 
         return self._call("read", None, fields, rest, bulk=limit > SMALL_READ)
+
+    def index(self, *, box: str, id: str, late: bool = False) -> IndexResult:
+        """When the command's output came, or, with `late`, what it left behind wrote after its exit."""
+
+        def rest(inbox: conversation.Inbox, reply: dict[str, Any], pull: Callable[[], None]) -> IndexResult:
+            size = conversation.body_size(self.host_id, reply, messages.INDEX_MAX)
+            while (data := inbox.body(size)) is None:
+                pull()
+            return _index_result(reply, data)
+
+        return self._call("index", None, {"box": box, "id": id, "late": late}, rest)
+
+    def sizes(self, *, box: str) -> Sequence[Sizes]:
+        """Every command of the box that runs, whose pipes are still held, or that wrote after its exit."""
+        return cast(Sequence[Sizes], self._ask("sizes", box=box)["executions"])
 
     def follow(self, *, box: str, id: str, stream: Stream, offset: int = 0) -> Following:
         """The stream from `offset` until it is complete. No time limit but that of silence on the connection."""
@@ -345,12 +393,26 @@ class AsyncHostClient:
         return cast(StateReply, await self._ask("kill", box=box, id=id, fence=fence, signal=signal, group=group))
 
     async def read(
-        self, *, box: str, id: str, stream: Stream, offset: int, limit: int, last_lines: int | None = None
+        self, *, box: str, id: str, stream: Stream | LateStream, offset: int, limit: int, last_lines: int | None = None
     ) -> ReadResult:
         """See `HostClient.read`."""
         fields = {"box": box, "id": id, "stream": stream, "offset": offset, "limit": limit, "last_lines": last_lines}
         reply = await self._call("read", None, fields, messages.READ_MAX, bulk=limit > SMALL_READ)
         return ReadResult(reply["size"], reply["offset"], reply["data"])
+
+    async def index(self, *, box: str, id: str, late: bool = False) -> IndexResult:
+        """See `HostClient.index`."""
+        reply = await self._call("index", None, {"box": box, "id": id, "late": late}, messages.INDEX_MAX)
+        return _index_result(reply, reply["data"])
+
+    async def sizes(self, *, box: str) -> Sequence[Sizes]:
+        """See `HostClient.sizes`."""
+        return cast(Sequence[Sizes], (await self._ask("sizes", box=box))["executions"])
+
+    def changes(self, *, box: str) -> AsyncFollowing:
+        """Lines of JSON as `sizes` answers them: of what moves now, then of each command whenever it moved. It never
+        ends by itself; nothing is sent before the first is asked for."""
+        return AsyncFollowing(self._link, _line("changes", None, {"box": box}))
 
     def follow(self, *, box: str, id: str, stream: Stream, offset: int = 0) -> AsyncFollowing:
         """See `HostClient.follow`; nothing is sent before the first byte is asked for."""

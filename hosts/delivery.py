@@ -15,7 +15,7 @@ from django.db import InterfaceError, OperationalError
 
 from hostd import messages
 from hosts import registry
-from hosts.client import outputs
+from hosts.client import index_records, outputs
 from hosts.registry import BoxExitEvent, ExitEvent, HostedKind
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def exit_event(host_id: str, wire: messages.ExitEvent) -> ExitEvent:
         stderr=found[1] if found else None,
         started_at_ms=wire.get("started_at_ms"),
         exited_at_ms=wire.get("exited_at_ms"),
+        index=index_records(wire) if found else None,
     )
 
 

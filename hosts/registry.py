@@ -30,6 +30,8 @@ class ExitEvent:
     stderr: bytes | None
     started_at_ms: int | None
     exited_at_ms: int | None
+    index: bytes | None = None
+    """When the outputs came, as `hostd.messages.INDEX_RECORD` describes it; None when nobody can tell."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -29,10 +29,10 @@ from typing import Any
 from django.conf import settings
 
 from hostd import messages
-from hosts.client import ReadResult
+from hosts.client import IndexResult, ReadResult
 from hosts.delivery import deliver
 from hosts.errors import HostRefused, HostUnreachable, StaleFence
-from tests.fake_streams import FakeFollowing, FakeWatching
+from tests.fake_streams import FakeChanges, FakeFollowing, FakeWatching
 
 
 @dataclasses.dataclass
@@ -54,6 +54,10 @@ class Execution:
     started_at_ms: int = 0
     exited_at_ms: int | None = None
     acked: bool = False
+    late: list[bytes] = dataclasses.field(default_factory=lambda: [b"", b""])
+    records: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    """Of its index: time in ms, stream (1 or 2), bytes by then. Without any, all came at its start."""
+    late_records: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -375,7 +379,9 @@ class FakeHost:
     def read(
         self, *, box: str, id: str, stream: str, offset: int, limit: int, last_lines: int | None = None
     ) -> ReadResult:
-        whole = getattr(self._execution(box, id), stream)
+        execution = self._execution(box, id)
+        late = ("late_stdout", "late_stderr")
+        whole = execution.late[late.index(stream)] if stream in late else getattr(execution, stream)
         data = whole[offset : offset + limit]
         if last_lines is not None:
             tail = whole[max(0, len(whole) - limit) :]
@@ -387,6 +393,24 @@ class FakeHost:
     @_verb
     def follow(self, *, box: str, id: str, stream: str, offset: int = 0) -> FakeFollowing:
         return FakeFollowing(self, self._execution(box, id), stream, offset)
+
+    @_verb
+    def index(self, *, box: str, id: str, late: bool = False) -> IndexResult:
+        execution = self._execution(box, id)
+        sizes, tails = _sizes(execution)["sizes"], _sizes(execution)["late"]
+        exited = execution.state == "exited"
+        records = _records(execution.late_records if late else execution.records, execution, late=late)
+        return IndexResult((sizes[0], sizes[1]), (tails[0], tails[1]), exited, execution.started_at_ms, records)
+
+    @_verb
+    def sizes(self, *, box: str) -> Sequence[dict[str, Any]]:
+        found = self._up(box).executions.values()
+        return [_sizes(execution) for execution in found if execution.state == "running" or any(execution.late)]
+
+    @_verb
+    def changes(self, *, box: str) -> FakeChanges:
+        found = self._up(box)
+        return FakeChanges(self, lambda: [_sizes(execution) for execution in found.executions.values()])
 
     @_verb
     def stdin(self, *, box: str, id: str, request: str, eof: bool = False, body: bytes = b"") -> dict[str, Any]:
@@ -466,6 +490,7 @@ class FakeHost:
         if sum(answer["sizes"]) <= messages.INLINE_MAX:
             answer["stdout"] = base64.b64encode(execution.stdout).decode()
             answer["stderr"] = base64.b64encode(execution.stderr).decode()
+            answer["index"] = base64.b64encode(_records(execution.records, execution, late=False)).decode()
         return answer
 
     def _acknowledge(self, box: str, id: str) -> None:
@@ -485,6 +510,9 @@ class AsyncFakeHost:
     def follow(self, **arguments: Any) -> FakeFollowing:
         return self.host.follow(**arguments)  # type: ignore[no-any-return]
 
+    def changes(self, **arguments: Any) -> FakeChanges:
+        return self.host.changes(**arguments)  # type: ignore[no-any-return]
+
     def __getattr__(self, verb: str) -> Callable[..., Any]:
         if verb not in messages.VERBS:
             raise AttributeError(verb)
@@ -494,6 +522,24 @@ class AsyncFakeHost:
             return function(**arguments)
 
         return call
+
+
+def _sizes(execution: Execution) -> dict[str, Any]:
+    return {
+        "id": execution.id,
+        "state": execution.state,
+        "sizes": [len(execution.stdout), len(execution.stderr)],
+        "late": [len(piece) for piece in execution.late],
+        "started_at_ms": execution.started_at_ms,
+    }
+
+
+def _records(given: Sequence[tuple[int, int, int]], execution: Execution, *, late: bool) -> bytes:
+    if not given:
+        pieces = execution.late if late else (execution.stdout, execution.stderr)
+        at_ms = (execution.exited_at_ms or 0) if late else execution.started_at_ms
+        given = [(at_ms, number, len(piece)) for number, piece in enumerate(pieces, 1) if piece]
+    return b"".join(messages.INDEX_RECORD.pack(at_ms * 2 + number - 1, end) for at_ms, number, end in given)
 
 
 def _now_ms() -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hosts.errors import HostUnreachable
@@ -74,6 +75,36 @@ class FakeFollowing:
 
     async def __aexit__(self, *_: object) -> None:
         self.close()
+
+
+class FakeChanges:
+    """Lines about the commands of a box: of all at first, then of each that has moved. For loops."""
+
+    def __init__(self, host: FakeHost, read: Callable[[], list[dict[str, Any]]]) -> None:
+        self.host = host
+        self.read = read
+        self.closed = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        known: dict[str, Any] = {}
+        while not self.closed:
+            if self.host.unreachable:
+                raise HostUnreachable(self.host.host_id, "the stream was cut")
+            with self.host.lock:
+                fresh = [entry for entry in self.read() if known.get(entry["id"]) != entry]
+            known |= {entry["id"]: entry for entry in fresh}
+            if fresh:
+                yield b"".join(json.dumps(entry).encode() + b"\n" for entry in fresh)
+            await asyncio.sleep(0.005)
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+    async def __aenter__(self) -> FakeChanges:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.closed = True
 
 
 class FakeWatching:
