@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 import orjson
 from django.conf import settings
-from django.db import InterfaceError, OperationalError, connection
+from django.db import InterfaceError, OperationalError, connection, transaction
 
 from api import prepared
 from api.callers import Caller
@@ -37,6 +37,8 @@ START_WITHIN_SECONDS: Final = 900
 """A command that no host could be asked to start for this long is given up."""
 COMMAND_ID_MAX: Final = 128
 REQUEST_ID_MAX: Final = 255
+CAP_MARGIN: Final = 128
+"""So near to its cap an account's commands are made one after the other, so that the cap is exact."""
 
 Operation = Literal["execute", "execute_async", "execute_sync"]
 
@@ -65,6 +67,7 @@ SELECT %(id)s, d.id, d.account_id, d.host_id, d.user_name, d.user_uid, d.user_ho
  WHERE d.id = %(devbox)s AND d.account_id = %(account)s AND d.status = 'running'
    AND (SELECT count(*) FROM executions_execution e WHERE e.account_id = %(account)s AND e.completed_at IS NULL)
        < coalesce((SELECT a.max_executions_at_once FROM accounts_account a WHERE a.id = %(account)s), %(cap)s::int)
+         - %(margin)s::int
 ON CONFLICT DO NOTHING
 RETURNING id
 """
@@ -86,23 +89,19 @@ def create_execution(caller: Caller, devbox_id: str, new: NewExecution) -> str:
     _check(new)
     request_key = f"{new.operation}:{new.request_id}" if new.request_id is not None else None
     execution_id = new_id("exe")
-    made = _fetch_one(
-        _CREATE,
-        {
-            "id": execution_id,
-            "devbox": devbox_id,
-            "account": caller.account_id,
-            "command": new.command,
-            "command_id": new.command_id,
-            "request_key": request_key,
-            "attach_stdin": new.attach_stdin,
-            "cap": settings.BERTH.CAP_EXECUTIONS,
-        },
-    )
-    if made is not None:
-        execution_flow.nudge(execution_id)
-        touch(devbox_id)
-        return execution_id
+    columns = {
+        "id": execution_id,
+        "devbox": devbox_id,
+        "account": caller.account_id,
+        "command": new.command,
+        "command_id": new.command_id,
+        "request_key": request_key,
+        "attach_stdin": new.attach_stdin,
+        "cap": settings.BERTH.CAP_EXECUTIONS,
+        "margin": CAP_MARGIN,
+    }
+    if _fetch_one(_CREATE, columns) is not None:
+        return _made(execution_id, devbox_id)
     # 1. The same request again, or the same command id: it is the same execution, whatever the devbox does by now.
     #    (The id itself is found when the statement ran twice, over a connection that broke after the first time.)
     keys = (new.command_id, request_key, execution_id)
@@ -113,10 +112,25 @@ def create_execution(caller: Caller, devbox_id: str, new: NewExecution) -> str:
     context = devboxes.execution_context(caller, devbox_id)
     if context.status != "running":
         raise BadRequest(f"devbox {devbox_id} is {context.status}; commands run only while it is running")
-    # 3. What is left is the cap (or a devbox whose shutdown has just been asked for).
+    # 3. The cap is near: counted and made with no other creation of the account in between, it is exact.
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"executions:{caller.account_id}"])
+        made = _fetch_one(_CREATE, columns | {"margin": 0}) is not None
+    if made:
+        return _made(execution_id, devbox_id)
+    found = prepared.fetch_all(_EARLIER, (devbox_id, caller.account_id, *keys))
+    if found:  # made in the meantime by the same request
+        return _attach(found, new, request_key)
+    # 4. What is left is the cap (or a devbox whose shutdown has just been asked for).
     raise TooManyRequests(
         "this account has as many unfinished executions as it may have at once; wait for one to end", retry_after=2
     )
+
+
+def _made(execution_id: str, devbox_id: str) -> str:
+    execution_flow.nudge(execution_id)
+    touch(devbox_id)
+    return execution_id
 
 
 def _check(new: NewExecution) -> None:

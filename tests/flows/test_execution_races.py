@@ -1,12 +1,15 @@
 """Commands under real concurrency: several connections, real commits."""
 
+import datetime
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from django.db import connection
 
+from accounts.models import Account
 from api.callers import Caller
+from api.errors import TooManyRequests
 from executions import services
 from executions.execution_flow import execution_flow
 from executions.models import Execution
@@ -40,6 +43,7 @@ def at_once(functions):
 
     def run(function):
         try:
+            connection.ensure_connection()
             ready.wait(10)
             return function()
         except Exception as error:
@@ -61,6 +65,33 @@ def test_the_same_request_many_times_at_once_is_one_execution(account, devbox, i
     found = at_once([lambda: create(account, devbox, **identity)] * THREADS)
     assert len(set(found)) == 1, found
     assert Execution.objects.count() == 1
+
+
+@pytest.mark.parametrize(("cap", "before"), [(10, 0), (services.CAP_MARGIN + 60, 50)])
+def test_the_cap_on_commands_at_once_is_exact(account, devbox, cap, before):
+    """Fifty threads, each asking until it is refused: with a small cap, and over the step from no lock to the lock."""
+    Account.objects.filter(pk=account).update(max_executions_at_once=cap)
+    most = []
+
+    def fill():
+        while True:
+            try:
+                create(account, devbox)
+            except TooManyRequests:
+                return
+            most.append(Execution.objects.filter(completed_at=None).count())
+
+    for _ in range(before):
+        create(account, devbox)
+    found = at_once([fill] * 50)
+    assert found == [None] * 50, found
+    assert max(most) == cap == Execution.objects.filter(account_id=account, completed_at=None).count()
+    # A place that is given back is taken once.
+    Execution.objects.filter(pk=Execution.objects.first().pk).update(
+        status="completed", exit_status=0, completed_at=datetime.datetime.now(datetime.UTC)
+    )
+    found = at_once([lambda: create(account, devbox)] * 20)
+    assert sum(isinstance(one, str) for one in found) == 1, found
 
 
 def test_workers_that_are_nudged_at_once_spawn_once(account, devbox, fake):
