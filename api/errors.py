@@ -75,6 +75,16 @@ class WaitTimedOut(ApiError):
     status = 408
     code = "timeout"
 
+    def __init__(self, message: str, **rest: Any) -> None:
+        super().__init__(message, **rest)
+        self.headers.setdefault("x-should-retry", "true")
+
+
+class WaitInterrupted(WaitTimedOut):
+    """A long-poll that this server ends early, being stopped. Clients' own loops take 408 alone for "ask again"."""
+
+    code = "interrupted"
+
 
 class Conflict(ApiError):
     """Permanent unless said otherwise: clients would repeat a 409 for half a minute."""

@@ -22,7 +22,7 @@ from django.conf import settings
 from django.db import InterfaceError, OperationalError
 
 from api.bodies import ClientGone
-from api.errors import Unavailable
+from api.errors import Unavailable, WaitInterrupted, WaitTimedOut
 from api.prepared import fetch_all
 from api.stopping import going_down
 from api.threads import in_database
@@ -222,6 +222,14 @@ class Hub:
                 if gone is not None and gone.done():
                     raise ClientGone
                 await changed.wait(min(left, self.reread_after(name)))
+
+
+def wait_over(deadline: float, timed_out: str, now: str) -> WaitTimedOut:
+    """The error of a wait that did not see what it waited for: ``timed_out`` once ``deadline`` has passed, else that
+    this process stops, and how things stand (``now``)."""
+    if going_down.is_set() and asyncio.get_running_loop().time() < deadline:
+        return WaitInterrupted(f"this server is being stopped, so the wait ends early: {now}; ask again")
+    return WaitTimedOut(timed_out)
 
 
 def _versions(table: str, names: list[str]) -> dict[str, str]:

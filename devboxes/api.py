@@ -24,12 +24,12 @@ from accounts.caps import CountedStream, limits
 from api import asynchronous
 from api.asynchronous import StreamResponse, going_down, in_database, json_response
 from api.callers import Caller
-from api.errors import BadRequest, NotFound, WaitTimedOut
+from api.errors import BadRequest, NotFound
 from api.pages import parse_flag, parse_page
 from api.permissions import caller_of, raw_body_of, request_id_of
 from api.validation import check_metadata_key, parse_object
 from api.views import AsyncElsewhere
-from api.waiting import hub
+from api.waiting import hub, wait_over
 from devboxes import schemas, selectors, services, states
 
 CREATE_HOLD_SECONDS: Final = 12.0
@@ -316,7 +316,7 @@ def _has_started(row: selectors.DevboxRow) -> bool:
 
 
 async def wait_for_status(request: asynchronous.Request) -> asynchronous.Response:
-    """Hold until the devbox is in one of the statuses. Raises WaitTimedOut, never early."""
+    """Hold until it is in one of the statuses. Raises WaitTimedOut; WaitInterrupted when the server is stopped."""
     wanted = _validated(schemas.DevboxWaitForStatusRequest, await request.json())
     statuses = frozenset(wanted["statuses"])
     asked = wanted.get("timeout_seconds")
@@ -326,7 +326,8 @@ async def wait_for_status(request: asynchronous.Request) -> asynchronous.Respons
     read = partial(selectors.access_devbox, request.caller, devbox_id)
     row = await hub.wait_until(devbox_id, read, lambda row: row.status in statuses, deadline, request.disconnected())
     if row.status not in statuses:
-        raise WaitTimedOut(f"after {seconds:g} s devbox {devbox_id} is {row.status}")
+        now = f"devbox {devbox_id} is {row.status}"
+        raise wait_over(deadline, f"after {seconds:g} s {now}", now)
     return json_response(selectors.view(row))
 
 
@@ -375,7 +376,7 @@ class WaitForStatus(AsyncElsewhere):
             **_VIEW,
             400: OpenApiResponse(description="No status, or one that does not exist, was given."),
             **_NOT_FOUND,
-            408: OpenApiResponse(description="The time is over; ask again."),
+            408: OpenApiResponse(description="The time is over, or the server is being stopped; ask again."),
         },
     )
     def post(self, request: Request, id: str) -> Response:

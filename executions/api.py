@@ -19,7 +19,7 @@ from accounts.caps import limits
 from api.asynchronous import Request, Response, StreamResponse, in_database, json_response
 from api.errors import BadRequest, Unavailable, WaitTimedOut
 from api.ids import new_id
-from api.waiting import hub
+from api.waiting import hub, wait_over
 from executions import answers, selectors, services, streams
 from executions.models import Status
 from executions.outputs import Stream
@@ -82,8 +82,12 @@ def _completed(view: ExecutionView) -> bool:
 
 
 async def _wait(read: Read, execution_id: str, done: Callable[[ExecutionView], bool], seconds: float) -> ExecutionView:
-    deadline = asyncio.get_running_loop().time() + seconds
+    deadline = _in(seconds)
     return await hub.wait_until(execution_id, read, done, deadline)
+
+
+def _in(seconds: float) -> float:
+    return asyncio.get_running_loop().time() + seconds
 
 
 def _refuse_later(given: dict[str, Any], *, stdin: bool) -> None:
@@ -137,10 +141,7 @@ async def execute_sync(request: Request) -> Response:
     view = await _wait(read, execution_id, _completed, SYNC_MAX_SECONDS)
     if not view.completed:
         # The time is up, or this server is being stopped. Asked again with its x-request-id it is the same command.
-        raise WaitTimedOut(
-            f"execution {execution_id} has not ended yet and goes on; use wait_for_status",
-            headers={"x-should-retry": "true"},
-        )
+        raise WaitTimedOut(f"execution {execution_id} has not ended yet and goes on; use wait_for_status")
     return json_response(await answers.sync_view(read, view))
 
 
@@ -152,7 +153,7 @@ async def get(request: Request) -> Response:
 
 
 async def wait_for_status(request: Request) -> Response:
-    """Hold until the execution has one of the wanted statuses; 408 when it has none in time, and never before."""
+    """Hold until the execution has one of the wanted statuses; 408 when it has none in time, or the server stops."""
     last_n = _last_n(request)
     given = _parsed(WaitForCommandRequest(data=await request.json()))
     wanted = frozenset(given["statuses"])
@@ -162,13 +163,11 @@ async def wait_for_status(request: Request) -> Response:
     def reached(view: ExecutionView) -> bool:
         return view.status in wanted
 
+    deadline = _in(seconds)
     view = await _wait(read, request.params["execution_id"], reached, seconds)
     if not reached(view):
-        asked = " or ".join(sorted(wanted))
-        raise WaitTimedOut(
-            f"execution {view.id} is {view.status} and was not {asked} within {seconds:g} s; ask again",
-            headers={"x-should-retry": "true"},
-        )
+        asked, now = " or ".join(sorted(wanted)), f"execution {view.id} is {view.status}"
+        raise wait_over(deadline, f"{now} and was not {asked} within {seconds:g} s; ask again", now)
     return json_response(await answers.async_view(read, view, last_n))
 
 
@@ -196,9 +195,11 @@ async def send_std_in(request: Request) -> Response:
     read = _reader(request)
     view = await in_database(read)
     if view.status == Status.QUEUED:
+        deadline = _in(START_HOLD_SECONDS)
         view = await _wait(read, view.id, lambda now: now.status != Status.QUEUED, START_HOLD_SECONDS)
         if view.status == Status.QUEUED:
-            raise WaitTimedOut(f"execution {view.id} was still queued after {START_HOLD_SECONDS:g} s; send again")
+            now = f"execution {view.id} is still queued"
+            raise wait_over(deadline, f"{now} after {START_HOLD_SECONDS:g} s; send again", now)
     success = False
     if not view.completed:
         try:

@@ -84,7 +84,7 @@ def with_route(monkeypatch):
     [
         (BadRequest("x"), 400, {}),
         (NotFound("x"), 404, {}),
-        (WaitTimedOut("x"), 408, {}),
+        (WaitTimedOut("x"), 408, {"x-should-retry": "true"}),
         (Conflict("x"), 409, {"x-should-retry": "false"}),
         (Conflict("x", retry=True), 409, {"x-should-retry": "true"}),
         (TooManyRequests("x", retry_after=7), 429, {"retry-after": "7"}),
