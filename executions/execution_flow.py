@@ -44,6 +44,9 @@ STORE_WITHIN_SECONDS: Final = 86_400.0
 
 SIGKILL: Final = 9
 
+_NO_OUTPUT: Final[Mapping[str, object]] = {"kept": Kept.ROW, "stdout": b"", "stderr": b""}
+"""What was never started, as far as anybody was told, has written nothing, so nothing of it is lost."""
+
 
 @dataclass(slots=True, kw_only=True)
 class ExecutionRow(Row):
@@ -97,7 +100,8 @@ class ExecutionFlow(Flow[ExecutionRow]):
         if row.step == "kill":
             return self._ended(row, 128 + SIGKILL, {"kind": "killed_before_start"})
         if row.step == "spawn":
-            return self._lost(f"it could not be started in time: {row.error_detail or 'its host did not answer'}")
+            why = f"it could not be started in time: {row.error_detail or 'its host did not answer'}"
+            return self._lost(why, _NO_OUTPUT)
         return self._gone(row) if row.step == "store" else None
 
     def on_exception(self, row: ExecutionRow, error: Exception) -> Outcome | None:
@@ -127,7 +131,7 @@ class ExecutionFlow(Flow[ExecutionRow]):
             return self._ended(row, 128 + SIGKILL, {"kind": "devbox_ended"}, gone)
         if status == "running" and row.attempts < BOX_GONE_TRIES:
             return None
-        return self._lost("its devbox was gone")
+        return self._lost("its devbox was gone", _NO_OUTPUT if row.step == "spawn" else {})
 
     # The steps.
 
@@ -240,13 +244,13 @@ class ExecutionFlow(Flow[ExecutionRow]):
                     {**columns, "completed_at": DatabaseNow(), "deadline_at": DatabaseNow(STORE_WITHIN_SECONDS)},
                 )
             # Nothing was written, or nothing was ever started.
-            columns |= {"kept": Kept.ROW, "stdout": b"", "stderr": b""}
+            columns |= _NO_OUTPUT
         return Done(columns)
 
     def _gone(self, row: ExecutionRow) -> Outcome:
         return Done({"kept": Kept.NOWHERE, "upload": None, "deadline_at": None, "completed_at": row.completed_at})
 
-    def _lost(self, detail: str) -> Outcome:
+    def _lost(self, detail: str, learnt: Mapping[str, object] | None = None) -> Outcome:
         return Done(
             {
                 "status": Status.COMPLETED,
@@ -254,6 +258,7 @@ class ExecutionFlow(Flow[ExecutionRow]):
                 "reason": {"kind": "lost", "detail": detail},
                 "kept": Kept.NOWHERE,
                 "deadline_at": None,
+                **(learnt or {}),
             }
         )
 

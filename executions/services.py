@@ -292,7 +292,8 @@ _CLOSE_ALL: Final = """
 UPDATE executions_execution
    SET status = 'completed', exit_status = coalesce(exit_status, %s), reason = coalesce(reason, %s::jsonb),
        completed_at = coalesce(completed_at, now()), exited_at = coalesce(exited_at, now()), deadline_at = NULL,
-       kept = 'nowhere', upload = NULL, step = 'done', step_since = now(), wake_at = NULL, wakes = wakes + 1,
+       kept = CASE WHEN status = 'queued' THEN 'row' ELSE 'nowhere' END,  -- never started: it has written nothing
+       upload = NULL, step = 'done', step_since = now(), wake_at = NULL, wakes = wakes + 1,
        lease = NULL, lease_until = NULL
  WHERE devbox_id = %s AND (completed_at IS NULL OR (step = 'store' AND wake_at IS NOT NULL))
 RETURNING id

@@ -6,9 +6,13 @@ import time
 import uuid
 
 import pytest
+from django.db import connection
 
+from api.asynchronous import in_database
 from api.ids import new_id
+from api.waiting import hub
 from executions import services
+from executions.execution_flow import execution_flow
 from executions.models import Execution
 from tests.execution_world import World, make_devbox
 
@@ -108,6 +112,52 @@ def test_execute_sync_answers_with_the_whole_output(world, alice):
         answer = alice.post(f"{world.url}/execute_sync", {"command": "seq"})
     assert answer.status_code == 200, answer.text
     assert (answer.json()["stdout"], answer.json()["stderr"], answer.json()["exit_status"]) == (text, "err", 0)
+
+
+def never_started(world, end):
+    """Have the devbox's only command, which no host was ever asked to start or could start, come to its end."""
+    (pk,) = Execution.objects.values_list("pk", flat=True)
+    if end == "no host could start it":
+        world.fake.unreachable = True
+        execution_flow.run(pk)
+        with connection.cursor() as cursor:
+            cursor.execute("UPDATE executions_execution SET deadline_at = now(), wake_at = now()")
+        execution_flow.run(pk)
+    elif end == "killed before its start":
+        services.request_kill(pk, group=False)
+        execution_flow.run(pk)
+    else:
+        services.after_destroy(world.devbox_id, "api_shutdown")
+    return pk
+
+
+@pytest.mark.parametrize(
+    ("end", "exit_status", "why"),
+    [
+        ("no host could start it", -1, "could not be started in time"),
+        ("killed before its start", 137, "killed on request"),
+        ("its devbox ended", 137, "its devbox ended"),
+    ],
+)
+def test_a_command_that_never_started_is_answered_with_its_reason(world, alice, end, exit_status, why):
+    world.paused = True
+
+    async def scenario():
+        task = asyncio.ensure_future(
+            world.web.send("POST", f"{world.url}/execute_sync", key=alice.secret, json={"command": "x"})
+        )
+        while not await in_database(Execution.objects.exists):
+            await asyncio.sleep(0.01)
+        hub.wake(await in_database(never_started, world, end))
+        return await asyncio.wait_for(task, 5)
+
+    answer = world.web.run(scenario())
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert (body["stdout"], body["stderr"], body["exit_status"]) == ("", "", exit_status)
+    assert why in body["why"]
+    view = alice.get(world.execution_url(body["execution_id"])).json()
+    assert (view["status"], view["stdout_truncated"], view["stderr_truncated"]) == ("completed", False, False)
 
 
 def test_execute_sync_refuses_too_large_an_output_by_name(world, alice, settings):

@@ -418,7 +418,7 @@ def test_a_box_that_is_gone_with_its_devbox_ends_it(create, fake, devbox, status
     fake.destroy(box=devbox, fence=2)
     done = run(pk)
     assert (done.status, done.exit_status, done.reason["kind"]) == ("completed", exit_status, kind)
-    assert done.kept == ("row" if status == "shutdown" and not started else "nowhere")
+    assert done.kept == ("nowhere" if started else "row")
 
 
 # --- what is expected, and the end of the devbox ---
@@ -471,7 +471,7 @@ def test_a_devbox_on_its_way_down_stops_its_commands_first(create, fake, devbox)
 
 
 def test_what_is_left_when_the_box_is_gone_is_closed(create, fake, devbox):
-    running, done = create(), create()
+    running, done, queued = create(), create(), create()
     run(running)
     run(done)
     fake.finish(done, exit=3)
@@ -482,6 +482,7 @@ def test_what_is_left_when_the_box_is_gone_is_closed(create, fake, devbox):
     assert (closed.status, closed.exit_status, closed.kept, closed.wake_at) == ("completed", 137, "nowhere", None)
     assert closed.reason == {"kind": "devbox_ended", "detail": "api_shutdown"}
     assert (row(done).exit_status, row(done).kept) == (3, "row")
+    assert (row(queued).exit_status, row(queued).kept) == (137, "row")
 
 
 def test_a_devbox_that_failed_loses_its_commands(create, devbox):
