@@ -204,7 +204,7 @@ async def send_std_in(request: Request) -> Response:
     if not view.completed:
         try:
             if signal == "INTERRUPT":
-                success = await _interrupt(read, view)
+                success = await _interrupt(read, view, _request_key(request))
             elif view.attach_stdin:
                 reply = await async_client_for(view.host_id).stdin(
                     box=view.devbox_id, id=view.id, request=_request_key(request), eof=signal == "EOF", body=body
@@ -218,14 +218,20 @@ async def send_std_in(request: Request) -> Response:
     return json_response({"devbox_id": view.devbox_id, "execution_id": view.id, "success": success})
 
 
-async def _interrupt(read: Read, view: ExecutionView) -> bool:
-    """SIGINT to the command's process group, which needs no attached input."""
+async def _interrupt(read: Read, view: ExecutionView, request_key: str) -> bool:
+    """SIGINT to the command's process group, which needs no attached input. The host sends it once for a request, and
+    after the input it has accepted before."""
     for left in (1, 0):
         try:
-            await async_client_for(view.host_id).kill(
-                box=view.devbox_id, id=view.id, fence=view.fence, signal=signals.SIGINT, group=True
+            reply = await async_client_for(view.host_id).kill(
+                box=view.devbox_id,
+                id=view.id,
+                fence=view.fence,
+                signal=signals.SIGINT,
+                group=True,
+                request=request_key,
             )
-            return True
+            return reply.get("sent", True)
         except StaleFence:
             # A step or a stop asked the host in between; what is wanted now stands in the row.
             view = await in_database(read)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 
 from hostd import bundles, cgroups, disks, keeper_spec, namespaces, network, slots, syscalls
 from hostd.config import HostConfig, slot_number, write_file
+from hostd.memory import Memory
 from hostd.messages import Refused
 from hostd.slots import Slot as Slot
 from hostd.slots import claim_warm as claim_warm
@@ -302,6 +303,19 @@ def oom_kills(cfg: HostConfig, slot: str) -> int:
     return cgroups.detect().oom_kills(cfg.box_cgroup(slot))
 
 
+def memory_figures(cfg: HostConfig, slot: str) -> dict[str, int]:
+    """Kills, limit, usage and peak of the box's memory, those that the kernel still tells."""
+    folder = os.path.dirname(cgroups.detect().oom_file(cfg.box_cgroup(slot)))
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return {}
+    try:
+        return {"kills": oom_kills(cfg, slot), **Memory(-1, descriptor).figures()}
+    finally:
+        os.close(descriptor)
+
+
 def open_keeper_fds(cfg: HostConfig, slot: str, n: int) -> list[tuple[str, int]]:
     """What the box's keeper needs, opened by root: (role, descriptor), roles as in `keeper_spec`, all close-on-exec and
     the caller's to close. Its socket is not among them. Raises Refused not_ready when the box is not up."""
@@ -323,6 +337,8 @@ def open_keeper_fds(cfg: HostConfig, slot: str, n: int) -> list[tuple[str, int]]
         opened.append((keeper_spec.OUT, _open_output(cfg, slot, n)))
         oom = driver.oom_file(cfg.box_cgroup(slot))
         opened.append((keeper_spec.OOM, os.open(oom, os.O_RDONLY | os.O_CLOEXEC)))
+        folder = os.open(os.path.dirname(oom), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened.append((keeper_spec.MEMORY, folder))
     except BaseException as error:
         for _, descriptor in opened:
             os.close(descriptor)

@@ -384,6 +384,9 @@ class Client:
             if available <= 0:
                 self._end_follow({"complete": False, "resume": hole[1], "dropped": list(hole), "exit": None})
                 return True
+        if available > 0 and stream.removed:  # it was stored elsewhere
+            self._end_follow({"complete": False, "moved": True, "exit": execution.exit})
+            return True
         if available > 0:
             length = min(available, FRAME_BYTES)
             self._out.append(memoryview(struct.pack("!I", length)))
@@ -429,7 +432,8 @@ def _spawn(client: Client, executions: Executions, request: dict[str, Any], body
         command = packets.loads(body) if not known else {}
     except packets.Malformed as error:
         raise requests.bad(f"the body: {error}") from None
-    execution = executions.spawn(name, fence, command)
+    cap = requests.whole(request, "cap", requests.CAP_MIN, requests.CAP_MAX) if "cap" in request else None
+    execution = executions.spawn(name, fence, command, cap)
 
     answered = False
 
@@ -464,8 +468,9 @@ def _state(client: Client, executions: Executions, request: dict[str, Any], body
 
 def _kill(client: Client, executions: Executions, request: dict[str, Any], body: bytes) -> None:
     name, fence, signal = requests.execution_id(request), _fence(request), requests.signal_number(request)
-    execution = executions.kill(name, fence, signal, requests.flag(request, "group", False))
-    client.answer({"ok": True, **executions.shape(execution)})
+    repeated_as = requests.text(request, "request", 128) if request.get("request") is not None else None
+    execution, sent = executions.kill(name, fence, signal, requests.flag(request, "group", False), repeated_as)
+    client.answer({"ok": True, **executions.shape(execution), "sent": sent})
 
 
 def _ack(client: Client, executions: Executions, request: dict[str, Any], body: bytes) -> None:
@@ -475,8 +480,9 @@ def _ack(client: Client, executions: Executions, request: dict[str, Any], body: 
 
 
 def _forget(client: Client, executions: Executions, request: dict[str, Any], body: bytes) -> None:
+    fence = _fence(request) if "fence" in request else None
     for name in requests.ids(request):
-        executions.forget(name)
+        executions.forget(name, fence)
     client.answer({"ok": True})
 
 
@@ -524,7 +530,9 @@ def _stdin(client: Client, executions: Executions, request: dict[str, Any], body
     name = requests.text(request, "request", 128)
     if not name:
         raise requests.bad("request must name this piece of input")
-    executions.stdin(execution, name, body, requests.flag(request, "eof", False), client.answer)
+    client.answer(
+        {"ok": True, "accepted": executions.stdin(execution, name, body, requests.flag(request, "eof", False))}
+    )
 
 
 def _list(client: Client, executions: Executions, request: dict[str, Any], body: bytes) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from hostd.output_index import Index
-    from hostd.stdin import Stdin
+    from hostd.stdin import Inputs, Stdin
 
 
 def now_ms() -> int:
@@ -29,13 +29,16 @@ class Execution:
     __slots__ = (
         "acked",
         "box_kills",
+        "cap",
         "exec_error",
         "exit",
         "exit_waiters",
         "exited_at_ms",
         "fence",
+        "first_ms",
         "id",
         "index",
+        "inputs",
         "killed",
         "late",
         "pending_kill",
@@ -60,6 +63,7 @@ class Execution:
         self.stdin: Stdin | None = None
         self.index: Index | None = None  # when its output came; set as soon as it is known
         self.late: Index | None = None  # and when what came after its exit did
+        self.inputs: Inputs | None = None  # made when the first one comes
         self.status: int | None = None  # wait status, known before the outputs are complete
         self.reap = False  # the zombie is ours to reap once its exit is written down
         self.exit: int | None = None
@@ -71,6 +75,8 @@ class Execution:
         self.started_at_ms = now_ms()
         self.exited_at_ms: int | None = None
         self.acked = 0  # when, in ms
+        self.cap: int | None = None  # bytes kept of each stream, when its spawn said so
+        self.first_ms = 0  # when the first byte came, as a predecessor wrote it down
         self.settled = False
         self.waiters: list[Callable[[], None]] = []  # called when it runs, or never will
         self.exit_waiters: list[Callable[[], None]] = []
@@ -78,6 +84,10 @@ class Execution:
     def sizes(self) -> list[int]:
         """Return [stdout, stderr] in bytes, the dropped ones included."""
         return [stream.size for stream in self.streams]
+
+    def first_byte_at_ms(self) -> int:
+        """Return when the first byte of output came, 0 when there was none or nobody can tell."""
+        return self.first_ms or min((s.first_ms for s in self.streams if s.first_ms), default=0)
 
     def open_pipes(self) -> bool:
         """Does anybody still hold one of its pipes?"""

@@ -26,11 +26,12 @@ import time
 from hostd import packets, polling, procs, requests
 from hostd.execution import Execution, Settings, now_ms
 from hostd.journal import Journal
+from hostd.memory import Memory
 from hostd.output_index import Index
 from hostd.procs import signals
 from hostd.requests import Refused
 from hostd.spawner_link import Order, SpawnerLink
-from hostd.stdin import Stdin, sealed_input
+from hostd.stdin import Inputs, Stdin, sealed_input
 from hostd.streams import Bucket, Stream
 
 TYPE_CHECKING = False
@@ -68,13 +69,13 @@ class Executions:
         journal: Journal,
         spawner: SpawnerLink,
         settings: Settings,
-        oom_kills: Callable[[], int],
+        memory: Memory,
         ending: Callable[[], bool],
         park: Callable[[dict[str, Any], list[int]], None],
         announce: Callable[[Execution], None],
     ) -> None:
         self._poller, self._directory, self._journal, self._spawner = poller, directory, journal, spawner
-        self._settings, self._oom_kills, self._ending = settings, oom_kills, ending
+        self._settings, self._memory, self._ending = settings, memory, ending
         self._park, self._announce = park, announce
         self._bucket = Bucket(settings.rate, settings.burst)
         self.known: dict[str, Execution] = {}
@@ -93,8 +94,9 @@ class Executions:
         except KeyError:
             raise Refused("unknown_id", f"no execution {name} here") from None
 
-    def spawn(self, name: str, fence: int, body: dict[str, Any]) -> Execution:
-        """Start a command, or return the one known by this id, whatever its state."""
+    def spawn(self, name: str, fence: int, body: dict[str, Any], cap: int | None = None) -> Execution:
+        """Start a command, or return the one known by this id, whatever its state. `cap`: bytes kept of each stream,
+        None for what the box's spec says."""
         execution = self.known.get(name)
         if execution is not None:
             self._check_fence(execution, fence)
@@ -106,7 +108,7 @@ class Executions:
             raise Refused("busy", f"{MAX_RUNNING} commands run in this box already")
         if len(self.known) >= MAX_KNOWN:
             raise Refused("busy", f"{MAX_KNOWN} commands of this box wait to be acknowledged")
-        execution = self._new(name, fence)
+        execution = self._new(name, fence, cap)
         given = sealed_input(command.input) if command.input is not None else None
         order = Order(command.message, given)
         order.before = lambda: self._intend(execution)
@@ -117,17 +119,31 @@ class Executions:
         self._spawner.ask(order)
         return execution
 
-    def kill(self, name: str, fence: int, signal: int, group: bool) -> Execution:
-        """Signal a command (or its process group); leave a tombstone for an unknown one."""
+    def kill(
+        self, name: str, fence: int, signal: int, group: bool, request: str | None = None
+    ) -> tuple[Execution, bool]:
+        """Signal a command (or its process group); leave a tombstone for an unknown one. Also returns whether it was
+        signalled.
+
+        With `request`, a repetition signals nothing, and is told what the first one was.
+        """
         execution = self.known.get(name)
         if execution is None:
-            return self._tombstone(name, fence)
+            return self._tombstone(name, fence), False
         self._check_fence(execution, fence)
+        if request is not None and self._inputs(execution).done(request):
+            return execution, True
         if execution.state == "asked":
+            if request is not None:
+                raise Refused("busy", "the command is being started")
             execution.pending_kill = (signal, group)
-        elif execution.state == "running" and execution.status is None:
-            self._signal(execution, signal, group)
-        return execution
+            return execution, True
+        if execution.state != "running" or execution.status is not None:
+            return execution, False
+        if request is not None:
+            self._inputs(execution).begin(request, done=True)
+        self._signal(execution, signal, group)
+        return execution, True
 
     def ack(self, name: str) -> None:
         """The control plane knows this exit; unknown ids and running commands are passed over."""
@@ -137,24 +153,35 @@ class Executions:
             self._journal.write(name, {"ack": now})
             execution.acked = now
 
-    def forget(self, name: str) -> None:
-        """Delete the outputs of an acknowledged command; it stays known until it is one of too many."""
+    def forget(self, name: str, fence: int | None = None) -> None:
+        """Delete the outputs of an acknowledged command; it stays known until it is one of too many, and what was
+        written after its exit stays.
+
+        With a fence it is the control plane that has the outputs by now: then it has the exit as well. Raises Refused.
+        """
         execution = self.known.get(name)
-        if execution is not None and execution.acked:
+        if execution is None or execution.state != "exited":
+            return
+        if fence is not None:
+            self._check_fence(execution, fence)
+            self.ack(name)
+        if execution.acked:
             for stream in execution.streams:
                 stream.remove(late=False)
 
-    def stdin(
-        self, execution: Execution, request: str, data: bytes, eof: bool, reply: Callable[[dict[str, Any]], None]
-    ) -> None:
-        """Pass on bytes for standard input; raises Refused."""
+    def stdin(self, execution: Execution, request: str, data: bytes, eof: bool) -> bool:
+        """Pass on bytes for standard input; False: not accepted. Raises Refused."""
         if execution.state == "asked":
             raise Refused("busy", "the command is being started")
         if execution.stdin is None or execution.state != "running":
-            written = [request, True] in self._journal.facts.get(execution.id, {}).get("in", [])
-            reply({"ok": True, "accepted": written})
-        else:
-            execution.stdin.offer(request, data, eof, reply)
+            return self._inputs(execution).done(request) is True
+        return execution.stdin.offer(request, data, eof)
+
+    def _inputs(self, execution: Execution) -> Inputs:
+        if execution.inputs is None:
+            entries = self._journal.facts.get(execution.id, {}).get("in", [])
+            execution.inputs = Inputs(entries, lambda change: self._write(execution, change))
+        return execution.inputs
 
     def shape(self, execution: Execution) -> dict[str, Any]:
         """Return what `state` answers."""
@@ -165,6 +192,9 @@ class Executions:
             "dropped": [stream.dropped for stream in execution.streams],
             "started_at_ms": execution.started_at_ms,
         }
+        first = execution.first_byte_at_ms()
+        if first:
+            answer["first_byte_at_ms"] = first
         if execution.state != "exited":
             if execution.pid:
                 answer["pid"] = execution.pid
@@ -217,12 +247,12 @@ class Executions:
 
     # --- a command's life
 
-    def _new(self, name: str, fence: int) -> Execution:
-        streams = [
-            Stream(self._poller, self._directory, self._bucket, name, number, self._settings.cap) for number in (1, 2)
-        ]
+    def _new(self, name: str, fence: int, cap: int | None = None) -> Execution:
+        kept = self._settings.cap if cap is None else cap
+        streams = [Stream(self._poller, self._directory, self._bucket, name, number, kept) for number in (1, 2)]
         execution = Execution(name, fence, streams)
         execution.index = Index(self._directory, f"{name}.index", execution.started_at_ms)
+        execution.cap = cap
         self.known[name] = execution
         self._active += 1
         for stream in streams:
@@ -252,8 +282,10 @@ class Executions:
 
     def _intend(self, execution: Execution) -> None:
         """The last moment before the spawner is asked. Raises Refused no_space."""
-        execution.box_kills = self._oom_kills()
+        execution.box_kills = self._memory.kills()
         facts = {"fence": execution.fence, "at": execution.started_at_ms, "oom": execution.box_kills}
+        if execution.cap is not None:
+            facts["cap"] = execution.cap
         try:
             self._journal.write(execution.id, facts)
         except OSError as error:
@@ -290,15 +322,13 @@ class Executions:
             if ends.get(str(stream.number), -1) >= 0:
                 stream.attach(ends[str(stream.number)])
         if ends.get("stdin", -1) >= 0:
-            facts = self._journal.facts.get(execution.id, {})
             execution.stdin = Stdin(
                 self._poller,
                 ends["stdin"],
-                [list(entry) for entry in facts.get("in", [])],
-                lambda change: self._write(execution, change),
+                self._inputs(execution),
                 lambda: self._park({"unpark": execution.id, "role": "stdin"}, []),
             )
-            if facts.get("eof"):
+            if self._journal.facts.get(execution.id, {}).get("eof"):
                 execution.stdin.close()
         self._poller.on(execution.pidfd, lambda _: self._dead(execution))
         self._tell(execution)
@@ -390,16 +420,20 @@ class Executions:
         if execution.exec_error is not None and code in (125, 126, 127):
             return {"kind": "exec_failed", "detail": execution.exec_error}
         if code == 137:
-            kills = self._oom_kills() - execution.box_kills
+            kills = self._memory.kills() - execution.box_kills
             if kills > 0:
-                return {
-                    "kind": "oom",
-                    "detail": f"{kills} processes of the box were killed for lack of memory meanwhile",
-                }
+                detail = f"{kills} processes of the box were killed for lack of memory meanwhile"
+                return {"kind": "oom", "detail": detail, "kills": kills, **self._memory.figures()}
             if self.box_gone or self._ending():
                 return {"kind": "killed", "detail": "the box stopped"}
         if execution.killed and code == 128 + execution.killed:
-            return {"kind": "killed", "detail": f"signal {execution.killed} by request"}
+            return {
+                "kind": "killed",
+                "detail": f"signal {execution.killed} by request",
+                "signal": execution.killed,
+            }
+        if execution.status is not None and os.WIFSIGNALED(execution.status):
+            return {"kind": "signal", "signal": os.WTERMSIG(execution.status)}
         return None
 
     def _conclude(self, execution: Execution, code: int, reason: dict[str, Any] | None) -> None:
@@ -409,6 +443,8 @@ class Executions:
         exited_at = execution.exited_at_ms or now_ms()
         kept = execution.index.seal() if execution.index is not None else {}
         facts = {"exit": code, "reason": reason, "sizes": execution.sizes(), "end": exited_at, **kept}
+        if execution.first_byte_at_ms():
+            facts["first"] = execution.first_byte_at_ms()
         try:
             self._journal.write(execution.id, facts)
         except OSError as error:
@@ -488,7 +524,8 @@ class Executions:
         for name, facts in list(self._journal.facts.items()):
             if not name:
                 continue
-            execution = self._new(name, int(facts.get("fence", 0)))
+            execution = self._new(name, int(facts.get("fence", 0)), facts.get("cap"))
+            execution.first_ms = int(facts.get("first", 0))
             execution.started_at_ms = int(facts.get("at", 0))
             execution.box_kills = int(facts.get("oom", 0))
             execution.killed = int(facts.get("kill", 0))

@@ -22,6 +22,7 @@ from hostd.clients import Clients, decoded_rest
 from hostd.execution import Execution, Settings
 from hostd.executions import Executions
 from hostd.journal import Journal
+from hostd.memory import Memory
 from hostd.procs import signals
 from hostd.spawner import Shell
 from hostd.spawner_link import SpawnerLink
@@ -119,7 +120,8 @@ class Keeper:
         self.slot: str = spec["slot"]
         self.poller = polling.Poller()
         one = dict(given.descriptors)
-        self._init, self._oom, self._out = one["init"], one.get("oom", -1), one["out"]
+        self._init, self._out = one["init"], one["out"]
+        self._memory = Memory(one.get("oom", -1), one.get("memory", -1))
         self._zygote: _socket.socket | None = given.link
         _bound_sends(given.link)
         self._spawner_process: tuple[int, int] | None = None
@@ -142,13 +144,13 @@ class Keeper:
             self.journal,
             self.spawner,
             Settings(spec),
-            self.oom_kills,
+            self._memory,
             lambda: procs.exiting(self._init_pid),
             self._park,
             self._announce,
         )
         self.clients = Clients(self.poller, self.executions, self.box)
-        self._kills_before = self.oom_kills()
+        self._kills_before = self._memory.kills()
         self.poller.on(given.link.fileno(), lambda _: self._on_zygote())
         self.executions.recover(given.parked, given.exits, given.orphans, given.proof)
         if self.facts().get("box_exit"):
@@ -175,18 +177,6 @@ class Keeper:
         name = self.facts().get("box")
         return str(name) if name else None
 
-    def oom_kills(self) -> int:
-        """Return how many processes of the box the kernel has killed for lack of memory."""
-        if self._oom < 0:
-            return 0
-        try:
-            for line in os.pread(self._oom, 4096, 0).split(b"\n"):
-                if line.startswith(b"oom_kill "):
-                    return int(line[9:])
-        except (OSError, ValueError):
-            pass  # the cgroup is being removed
-        return 0
-
     def _pids(self) -> set[int]:
         return self.executions.pids()
 
@@ -195,14 +185,14 @@ class Keeper:
         self.clients.sweep()
         self.spawner.bury_strangers()
         self.executions.tidy()
-        self._kills_before = self.oom_kills()
+        self._kills_before = self._memory.kills()
 
     # --- the box's end
 
     def _box_gone(self) -> None:
         self.poller.off(self._init)
         self.executions.box_gone = True
-        oom = self.oom_kills() > self._kills_before
+        oom = self._memory.kills() > self._kills_before
         self.journal.write("", {"box_exit": {"init": self._init_pid, "oom": oom, "at_ms": int(time.time() * 1000)}})
         self.spawner.stop()
         for link in self._links:

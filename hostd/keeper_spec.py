@@ -66,10 +66,12 @@ OUT = "out"
 """The directory of outputs and journal, O_RDONLY|O_DIRECTORY, owned by the keeper's uid, 0700. Exactly one."""
 OOM = "oom"
 """memory.oom_control (v1) or memory.events (v2) of the box, O_RDONLY. At most one."""
+MEMORY = "memory"
+"""The folder of the box's memory cgroup, O_RDONLY|O_DIRECTORY. At most one."""
 LISTEN = "listen"
 """The socket from `listening_socket`. Exactly one at `start_keeper`; none at `adopt_keeper` (the keeper has it)."""
 
-ROLES = (KEEPER_CGROUP, BOX_CGROUP, INIT, SECCOMP, OUT, OOM, LISTEN)
+ROLES = (KEEPER_CGROUP, BOX_CGROUP, INIT, SECCOMP, OUT, OOM, MEMORY, LISTEN)
 
 CAPABILITIES = 0xA80425FB
 """Bounding set of what is started in a box, as a bit mask: the 14 capabilities of Docker's default set."""

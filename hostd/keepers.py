@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hostd import messages, packets
-from hostd.boxes import oom_kills
+from hostd.boxes import memory_figures, oom_kills
 from hostd.config import HostConfig, write_file
 from hostd.events import Events
 from hostd.makers import Makers
@@ -529,6 +529,8 @@ class Keepers:
                 oom = False
         exit = -1 if status is None else status if status >= 0 else 128 - status
         record.ended = {"event": "box_exit", "exit": exit, "oom": oom, "at_ms": time.time_ns() // 1_000_000}
+        if oom:
+            record.ended["memory"] = memory_figures(self._cfg, record.slot)
         self._save(record)
         log.warning("box %s (%s) ended: exit %s, oom %s", record.slot, link.box, exit, oom)
         if link.box is not None:
@@ -561,6 +563,8 @@ def _exit_event(message: dict[str, Any]) -> dict[str, Any] | None:
         if not (isinstance(value, list) and len(value) == 2 and all(isinstance(x, int) and x >= 0 for x in value)):
             return None
         event[name] = value
+    if isinstance(message.get("first_byte_at_ms"), int) and 0 < message["first_byte_at_ms"] < 2**62:
+        event["first_byte_at_ms"] = message["first_byte_at_ms"]
     reason = message.get("reason")
     if reason is not None and not (isinstance(reason, dict) and isinstance(reason.get("kind"), str)):
         return None

@@ -42,6 +42,8 @@ READ_MAX: Final = 16 * 1024 * 1024  # one `read`
 SPAWN_BODY_MAX: Final = 4 * 1024 * 1024  # command (1 MiB), environment and input
 STDIN_BODY_MAX: Final = 1024 * 1024
 SHIP_BODY_MAX: Final = 16 * 1024 * 1024
+CAP_MIN: Final = 64 * 1024  # the least and the most that may be kept of one stream of a command
+CAP_MAX: Final = 2**40
 INDEX_MAX: Final = 64 * 1024 + 256  # the records of one command
 INLINE_MAX: Final = 64 * 1024  # outputs up to this size together travel inside the exit event
 ACKS_MAX: Final = 500  # pairs in one ack line; keeps the line below LINE_MAX
@@ -97,7 +99,7 @@ class Refused(Exception):
 
 ExecutionState = Literal["running", "exited"]
 BoxState = Literal["disk", "up", "down"]
-ReasonKind = Literal["oom", "killed", "lost", "exec_failed", "killed_before_start"]
+ReasonKind = Literal["oom", "killed", "signal", "lost", "exec_failed", "killed_before_start"]
 Stream = Literal["stdout", "stderr"]
 LateStream = Literal["late_stdout", "late_stderr"]  # what came after the exit; only its last 1 MiB is kept
 
@@ -107,6 +109,11 @@ class Reason(TypedDict):
 
     kind: ReasonKind
     detail: NotRequired[str]
+    signal: NotRequired[int]  # that ended it, of kinds killed and signal
+    kills: NotRequired[int]  # of kind oom: processes of the box that were killed while it ran
+    limit_bytes: NotRequired[int]  # of kind oom, as the kernel told them at the exit: the box's memory
+    usage_bytes: NotRequired[int]
+    peak_bytes: NotRequired[int]
 
 
 class HelloReply(TypedDict):
@@ -198,6 +205,7 @@ class StateReply(TypedDict):
     state: ExecutionState
     sizes: list[int]
     started_at_ms: NotRequired[int]
+    first_byte_at_ms: NotRequired[int]
     pid: NotRequired[int]
     exit: NotRequired[int]
     reason: NotRequired[Reason | None]
@@ -206,6 +214,7 @@ class StateReply(TypedDict):
     stderr: NotRequired[str]
     index: NotRequired[str]  # base64 of index records, at most 1,024; beside stdout and stderr
     exited_at_ms: NotRequired[int]
+    sent: NotRequired[bool]  # `kill`: whether the command was signalled, by this request or an earlier one of its name
 
 
 class Sizes(TypedDict):
@@ -243,13 +252,15 @@ class FollowReply(TypedDict):
 
 
 class FollowTrailer(TypedDict):
-    """``complete`` is True at the real end. False: what was dropped begins here; follow again at ``resume``."""
+    """``complete`` is True at the real end. False: what was dropped begins here, follow again at ``resume``; or
+    ``moved``: it is not kept on the host any more, and was stored before."""
 
     total: int
     exit: int | None
     reason: Reason | None
     complete: bool
     resume: NotRequired[int]
+    moved: NotRequired[bool]
     dropped: NotRequired[list[int]]
 
 
@@ -268,6 +279,7 @@ class ExitEvent(TypedDict):
     sizes: list[int]
     dropped: list[int]
     started_at_ms: int
+    first_byte_at_ms: NotRequired[int]  # of output; absent when there was none
     exited_at_ms: int
     stdout: NotRequired[str]  # base64
     stderr: NotRequired[str]
@@ -282,6 +294,7 @@ class BoxExitEvent(TypedDict):
     exit: int
     oom: bool
     at_ms: int
+    memory: NotRequired[dict[str, int]]  # when oom: kills, limit_bytes, usage_bytes, peak_bytes
 
 
 class HeartbeatEvent(TypedDict):
@@ -382,6 +395,7 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
         "fence": (_fence, True),
         "body": (_whole(2, SPAWN_BODY_MAX), True),
         "hold_ms": (_whole(0, HOLD_MS_MAX), False),
+        "cap": (_whole(CAP_MIN, CAP_MAX), False),
     },
     "state": {"box": (is_box_id, True), "id": (is_work_id, True)},
     "kill": {
@@ -390,9 +404,10 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
         "fence": (_fence, True),
         "signal": (_whole(1, 64), True),
         "group": (_flag, False),
+        "request": (_matches(_REQUEST), False),
     },
     "ack": {"box": (is_box_id, True), "ids": (_ids, True)},
-    "forget": {"box": (is_box_id, True), "ids": (_ids, True)},
+    "forget": {"box": (is_box_id, True), "ids": (_ids, True), "fence": (_fence, False)},
     "follow": {
         "box": (is_box_id, True),
         "id": (is_work_id, True),

@@ -26,6 +26,8 @@ SPAWN_BODY_BYTES = 4 << 20
 ARGUMENTS = 4096
 READ_BYTES = 16 << 20
 HOLD_MS = 5000
+CAP_MIN, CAP_MAX = 64 << 10, 1 << 40
+"""Bounds of the bytes kept of one stream."""
 IDS = 1000
 """Ids in one `ack` or `forget`."""
 OUR_UID = 65533

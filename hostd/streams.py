@@ -69,6 +69,7 @@ class Stream:
         "_timer",
         "cap",
         "closed",
+        "first_ms",
         "hole",
         "name",
         "noted",
@@ -89,6 +90,7 @@ class Stream:
         self.name, self.number, self.cap = f"{name}.{number}", number, cap
         self.pipe = -1
         self.size = 0
+        self.first_ms = 0  # when the first byte came; 0: none yet, or a predecessor took it
         self.hole: tuple[int, int] | None = None  # what the cap dropped: [start, end)
         self.sealed = False
         self.stalled = False  # the pool is full
@@ -177,7 +179,8 @@ class Stream:
         return binascii.b2a_base64(data, newline=False).decode("ascii")
 
     def remove(self, *, late: bool) -> None:
-        """Delete what was kept, and what came after the exit if `late`. The pipe goes on being drained."""
+        """Delete what was kept, and what came after the exit if `late`. The pipe goes on being drained, and followers
+        are told."""
         self.removed = self.size > 0
         if late:
             self._late = 0
@@ -186,6 +189,7 @@ class Stream:
                 os.unlink(name, dir_fd=self._directory)
             except FileNotFoundError:
                 pass
+        self._tell()
 
     def read_late(self, offset: int, limit: int) -> tuple[int, bytes]:
         """Return bytes that came after the exit, and where they begin: `offset`, or later if that has been written
@@ -265,6 +269,8 @@ class Stream:
                 moved = self._move_late(count)
             else:
                 moved = os.splice(self.pipe, self._open_file(), count, offset_dst=self.size, flags=SPLICE_FLAGS)
+                if moved and not self.size:
+                    self.first_ms = int(time.time() * 1000)
                 self.size += moved
         except BlockingIOError:
             return None

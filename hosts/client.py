@@ -226,9 +226,13 @@ class HostClient:
         """HostRefused unknown_id: the box has never heard of it."""
         return cast(StateReply, self._ask("state", box=box, id=id))
 
-    def kill(self, *, box: str, id: str, fence: int, signal: int, group: bool = True) -> StateReply:
-        """Signal the command; an unknown id gets a tombstone, so that a late spawn never starts it."""
-        return cast(StateReply, self._ask("kill", box=box, id=id, fence=fence, signal=signal, group=group))
+    def kill(
+        self, *, box: str, id: str, fence: int, signal: int, group: bool = True, request: str | None = None
+    ) -> StateReply:
+        """Signal the command; an unknown id gets a tombstone, so that a late spawn never starts it. With `request`, a
+        repetition signals nothing."""
+        fields = {"box": box, "id": id, "fence": fence, "signal": signal, "group": group, "request": request}
+        return cast(StateReply, self._ask("kill", **fields))
 
     def ack(self, *, box: str, ids: Sequence[str]) -> None:
         """Their exits are committed. Normally the watcher does this on its event channel."""
@@ -388,9 +392,12 @@ class AsyncHostClient:
         """See `HostClient.state`."""
         return cast(StateReply, await self._ask("state", box=box, id=id))
 
-    async def kill(self, *, box: str, id: str, fence: int, signal: int, group: bool = True) -> StateReply:
+    async def kill(
+        self, *, box: str, id: str, fence: int, signal: int, group: bool = True, request: str | None = None
+    ) -> StateReply:
         """See `HostClient.kill`."""
-        return cast(StateReply, await self._ask("kill", box=box, id=id, fence=fence, signal=signal, group=group))
+        fields = {"box": box, "id": id, "fence": fence, "signal": signal, "group": group, "request": request}
+        return cast(StateReply, await self._ask("kill", **fields))
 
     async def read(
         self, *, box: str, id: str, stream: Stream | LateStream, offset: int, limit: int, last_lines: int | None = None

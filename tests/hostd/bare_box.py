@@ -125,6 +125,7 @@ class BareBox:
             found.append((role, os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)))
             if controller == "memory" and kind == "b":
                 found.append((keeper_spec.OOM, os.open(f"{path}/memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)))
+                found.append((keeper_spec.MEMORY, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)))
         return [*found, (keeper_spec.INIT, os.pidfd_open(self.init_pid))]
 
     def pids(self) -> list[int]:

@@ -164,12 +164,42 @@ def test_stdin_by_pieces(box: Box, name: str) -> None:
     assert piece("r2", b"two\n") == {"ok": True, "accepted": True}, "it was, when it was asked first"
 
 
-def test_stdin_larger_than_a_pipe_waits_for_its_reader(box: Box, name: str) -> None:
-    box.spawn(name, "sleep 0.3; wc -c", stdin="pipe")
-    started = time.monotonic()
-    assert box.ask(verb="stdin", id=name, request="a", eof=True, raw=b"x" * 1_000_000)["accepted"]
-    assert time.monotonic() - started > 0.2
+def test_stdin_up_to_a_mebibyte_waits_for_its_reader(box: Box, name: str) -> None:
+    """It is accepted at once and whole, or not at all; what was accepted outlives the keeper."""
+    box.spawn(name, "while [ ! -e /tmp/" + name + " ]; do sleep 0.05; done; wc -c", stdin="pipe")
+
+    def piece(request: str, size: int, eof: bool = False) -> dict:
+        return box.ask(verb="stdin", id=name, request=request, eof=eof, raw=b"x" * size)
+
+    assert piece("a", 700_000)["accepted"]
+    assert not piece("b", 400_000)["accepted"], "its buffer has no room for that"
+    assert not piece("b", 400_000)["accepted"]
+    assert piece("c", 300_000)["accepted"]
+    assert piece("a", 700_000)["accepted"], "the same again is the same"
+    box.kill_keeper()
+    assert piece("end", 0, eof=True)["accepted"]
+    assert not piece("late", 1)["accepted"]
+    box.run(f"{name}go", "touch /tmp/" + name)
     assert text(box.wait(name)) == "1000000\n"
+
+
+def test_an_interrupt_comes_once_and_after_the_input_before_it(box: Box, name: str) -> None:
+    script = "trap 'echo interrupted' INT; while read -r line; do echo \"$line\"; done; echo end"
+    box.spawn(name, script, stdin="pipe")
+    time.sleep(0.2)
+
+    def interrupt(request: str) -> dict:
+        return box.ask(verb="kill", id=name, fence=1, signal=2, group=True, request=request)
+
+    box.ask(verb="stdin", id=name, request="r1", raw=b"one\n")
+    time.sleep(0.2)
+    assert [interrupt("i1")["sent"] for _ in range(2)] == [True, True]
+    box.kill_keeper()
+    assert interrupt("i1")["sent"], "a successor knows it too"
+    time.sleep(0.2)
+    box.ask(verb="stdin", id=name, request="r2", eof=True, raw=b"two\n")
+    assert text(box.wait(name)) == "one\ninterrupted\ntwo\nend\n"
+    assert interrupt("i1")["sent"] and not interrupt("i2")["sent"], "it has ended"
 
 
 def test_stdin_nobody_reads(box: Box, name: str) -> None:
