@@ -216,11 +216,20 @@ class HostClient:
 
     # --- a box ---
 
-    def spawn(self, *, box: str, id: str, fence: int, body: SpawnBody, hold_ms: int | None = None) -> StateReply:
-        """Start a command under that id; a known id answers with its state and starts nothing."""
-        return cast(
-            StateReply, self._ask("spawn", json.dumps(body).encode(), box=box, id=id, fence=fence, hold_ms=hold_ms)
-        )
+    def spawn(
+        self,
+        *,
+        box: str,
+        id: str,
+        fence: int,
+        body: SpawnBody,
+        hold_ms: int | None = None,
+        cap: int | None = None,
+    ) -> StateReply:
+        """Start a command under that id; a known id answers with its state and starts nothing. `cap`: bytes to keep of
+        each stream, None for the host's own."""
+        fields: dict[str, Any] = {"box": box, "id": id, "fence": fence, "hold_ms": hold_ms, "cap": cap}
+        return cast(StateReply, self._ask("spawn", json.dumps(body).encode(), **fields))
 
     def state(self, *, box: str, id: str) -> StateReply:
         """HostRefused unknown_id: the box has never heard of it."""
@@ -231,12 +240,16 @@ class HostClient:
     ) -> StateReply:
         """Signal the command; an unknown id gets a tombstone, so that a late spawn never starts it. With `request`, a
         repetition signals nothing."""
-        fields = {"box": box, "id": id, "fence": fence, "signal": signal, "group": group, "request": request}
-        return cast(StateReply, self._ask("kill", **fields))
+        fields: dict[str, Any] = {"box": box, "id": id, "fence": fence, "signal": signal, "group": group}
+        return cast(StateReply, self._ask("kill", request=request, **fields))
 
     def ack(self, *, box: str, ids: Sequence[str]) -> None:
         """Their exits are committed. Normally the watcher does this on its event channel."""
         self._ask("ack", box=box, ids=builtins.list(ids))
+
+    def forget(self, *, box: str, id: str, fence: int) -> None:
+        """Its outputs are stored for good: the box may delete them. Followers are told that they have moved."""
+        self._ask("forget", box=box, ids=[id], fence=fence)
 
     def read(
         self, *, box: str, id: str, stream: Stream | LateStream, offset: int, limit: int, last_lines: int | None = None
@@ -396,8 +409,8 @@ class AsyncHostClient:
         self, *, box: str, id: str, fence: int, signal: int, group: bool = True, request: str | None = None
     ) -> StateReply:
         """See `HostClient.kill`."""
-        fields = {"box": box, "id": id, "fence": fence, "signal": signal, "group": group, "request": request}
-        return cast(StateReply, await self._ask("kill", **fields))
+        fields: dict[str, Any] = {"box": box, "id": id, "fence": fence, "signal": signal, "group": group}
+        return cast(StateReply, await self._ask("kill", request=request, **fields))
 
     async def read(
         self, *, box: str, id: str, stream: Stream | LateStream, offset: int, limit: int, last_lines: int | None = None

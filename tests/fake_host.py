@@ -51,6 +51,8 @@ class Execution:
     stdin: bytes = b""
     stdin_eof: bool = False
     requests: set[str] = dataclasses.field(default_factory=set)
+    cap: int | None = None
+    moved: bool = False
     started_at_ms: int = 0
     exited_at_ms: int | None = None
     acked: bool = False
@@ -337,13 +339,20 @@ class FakeHost:
 
     @_verb
     def spawn(
-        self, *, box: str, id: str, fence: int, body: Mapping[str, Any], hold_ms: int | None = None
+        self,
+        *,
+        box: str,
+        id: str,
+        fence: int,
+        body: Mapping[str, Any],
+        hold_ms: int | None = None,
+        cap: int | None = None,
     ) -> dict[str, Any]:
         found = self._up(box)
         execution = found.executions.get(id)
         if execution is None:
             self._fence(id, fence)
-            execution = found.executions[id] = Execution(id, fence, dict(body), started_at_ms=_now_ms())
+            execution = found.executions[id] = Execution(id, fence, dict(body), started_at_ms=_now_ms(), cap=cap)
             if id in self._buried[box]:
                 self._end(found, execution, 137, {"kind": "killed_before_start"})
             else:
@@ -358,17 +367,24 @@ class FakeHost:
         return self._state(self._execution(box, id))
 
     @_verb
-    def kill(self, *, box: str, id: str, fence: int, signal: int, group: bool = True) -> dict[str, Any]:
+    def kill(
+        self, *, box: str, id: str, fence: int, signal: int, group: bool = True, request: str | None = None
+    ) -> dict[str, Any]:
         found = self._up(box)
         self._fence(id, fence)
         execution = found.executions.get(id)
+        if execution is not None and request is not None:
+            if request in execution.requests or execution.state != "running":
+                return {**self._state(execution), "sent": request in execution.requests}
+            execution.requests.add(request)
         if execution is None:
             self._buried[box].add(id)
             execution = found.executions[id] = Execution(id, fence, {}, started_at_ms=_now_ms())
             self._end(found, execution, 137, {"kind": "killed_before_start"})
         elif execution.state == "running" and signal in (9, 15, 2):
-            self._end(found, execution, 128 + signal, {"kind": "killed"})
-        return self._state(execution)
+            self._end(found, execution, 128 + signal, {"kind": "killed", "signal": signal})
+            return {**self._state(execution), "sent": True}
+        return {**self._state(execution), "sent": False}
 
     @_verb
     def ack(self, *, box: str, ids: Sequence[str]) -> None:
@@ -376,12 +392,22 @@ class FakeHost:
             self._acknowledge(box, one)
 
     @_verb
+    def forget(self, *, box: str, id: str, fence: int) -> None:
+        self._fence(id, fence)
+        execution = self._execution(box, id)
+        execution.moved = execution.state == "exited"
+        if execution.moved:
+            self._acknowledge(box, id)
+
+    @_verb
     def read(
         self, *, box: str, id: str, stream: str, offset: int, limit: int, last_lines: int | None = None
     ) -> ReadResult:
-        execution = self._execution(box, id)
         late = ("late_stdout", "late_stderr")
-        whole = execution.late[late.index(stream)] if stream in late else getattr(execution, stream)
+        if stream in late:
+            whole = self._execution(box, id).late[late.index(stream)]
+        else:
+            whole = getattr(self._output(box, id), stream)
         data = whole[offset : offset + limit]
         if last_lines is not None:
             tail = whole[max(0, len(whole) - limit) :]
@@ -392,7 +418,7 @@ class FakeHost:
 
     @_verb
     def follow(self, *, box: str, id: str, stream: str, offset: int = 0) -> FakeFollowing:
-        return FakeFollowing(self, self._execution(box, id), stream, offset)
+        return FakeFollowing(self, self._output(box, id), stream, offset)
 
     @_verb
     def index(self, *, box: str, id: str, late: bool = False) -> IndexResult:
@@ -460,6 +486,12 @@ class FakeHost:
         if found is None:
             raise HostRefused("unknown_id", f"no {id} in {box}", host_id=self.host_id)
         return found
+
+    def _output(self, box: str, id: str) -> Execution:
+        execution = self._execution(box, id)
+        if execution.moved:
+            raise HostRefused("unknown_id", f"the output of {id} is not kept here any more", host_id=self.host_id)
+        return execution
 
     def _find(self, id: str) -> tuple[Box, Execution]:
         for box in self.boxes.values():

@@ -31,6 +31,10 @@ class FakeFollowing:
             raise HostUnreachable(self.host.host_id, "the stream was cut")
         ended = self.execution.state == "exited"
         data: bytes = getattr(self.execution, self.stream)[self.offset :]
+        if data and self.execution.moved:
+            self.trailer = {"total": self.offset, "exit": self.execution.exit, "reason": None, "complete": False}
+            self.trailer["moved"] = True
+            return None
         if data:
             self.offset += len(data)
             return data

@@ -272,7 +272,7 @@ def test_kill(box: Box, name: str, signal: int, code: int) -> None:
     assert box.ask(verb="kill", id=name, fence=1, signal=signal, group=False)["state"] in ("running", "exited")
     answer = box.wait(name)
     assert answer["exit"] == code
-    assert answer["reason"] == {"kind": "killed", "detail": f"signal {signal} by request"}
+    assert answer["reason"] == {"kind": "killed", "detail": f"signal {signal} by request", "signal": signal}
     again = box.ask(verb="kill", id=name, fence=1, signal=signal, group=False)
     assert (again["state"], again["exit"]) == ("exited", code)
 
@@ -346,7 +346,11 @@ def test_out_of_memory_has_its_reason(host: Host, name: str) -> None:
     box = host.box(7, name="dbx_small", memory_bytes=64 << 20)
     answer = box.run(name, argv=["/usr/bin/python3", "-S", "-c", "x=b'x'*(200<<20)"])
     assert answer["exit"] == 137
-    assert answer["reason"]["kind"] == "oom"
+    reason = answer["reason"]
+    assert reason["kind"] == "oom" and reason["kills"] >= 1
+    assert reason["limit_bytes"] == 64 << 20
+    assert 0 <= reason["usage_bytes"] <= reason["peak_bytes"] <= reason["limit_bytes"]
+    assert reason["peak_bytes"] > 32 << 20
     assert box.run(name + "b", "echo alive")["exit"] == 0
     box.close()
 
@@ -471,6 +475,9 @@ def test_list_ack_and_forget(box: Box, name: str) -> None:
     assert box.ask(verb="ack", ids=[name, "exe_none"])["ok"]
     assert name not in {e["id"] for e in box.ask(verb="list")["executions"]}
     assert box.spawn(name, "echo again")["sizes"] == [100_005, 0], "still known"
+    assert box.ask(verb="kill", id=name, fence=5, signal=9)["state"] == "exited"
+    assert box.ask(verb="forget", ids=[name], fence=4)["error"]["code"] == "stale_fence"
+    assert len(box.file(name)) == 100_005
     assert box.ask(verb="forget", ids=[name])["ok"]
     assert not os.path.exists(f"{box.out}/{name}.1")
     assert box.ask(verb="follow", id=name, stream="stdout")["error"]["code"] == "unknown_id"
