@@ -24,6 +24,7 @@ import os
 import time
 
 from hostd import packets, polling, procs, requests
+from hostd.endings import reason_of
 from hostd.execution import Execution, Settings, now_ms
 from hostd.journal import Journal
 from hostd.memory import Memory
@@ -414,27 +415,8 @@ class Executions:
         code = os.waitstatus_to_exitcode(execution.status)
         if code < 0:
             code = 128 - code
-        self._conclude(execution, code, self._reason(execution, code))
-
-    def _reason(self, execution: Execution, code: int) -> dict[str, Any] | None:
-        if execution.exec_error is not None and code in (125, 126, 127):
-            return {"kind": "exec_failed", "detail": execution.exec_error}
-        if code == 137:
-            kills = self._memory.kills() - execution.box_kills
-            if kills > 0:
-                detail = f"{kills} processes of the box were killed for lack of memory meanwhile"
-                return {"kind": "oom", "detail": detail, "kills": kills, **self._memory.figures()}
-            if self.box_gone or self._ending():
-                return {"kind": "killed", "detail": "the box stopped"}
-        if execution.killed and code == 128 + execution.killed:
-            return {
-                "kind": "killed",
-                "detail": f"signal {execution.killed} by request",
-                "signal": execution.killed,
-            }
-        if execution.status is not None and os.WIFSIGNALED(execution.status):
-            return {"kind": "signal", "signal": os.WTERMSIG(execution.status)}
-        return None
+        box_ended = self.box_gone or self._ending()
+        self._conclude(execution, code, reason_of(execution, code, self._memory, box_ended=box_ended))
 
     def _conclude(self, execution: Execution, code: int, reason: dict[str, Any] | None) -> None:
         """Write the exit down, reap, tell everybody."""
