@@ -23,11 +23,17 @@ venv: $(STAMP)  ## the virtual environment with the pinned libraries
 
 $(STAMP): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is needed (Debian 12: apt-get install python3.11 python3.11-venv), or say PYTHON=/path/to/python3.11"; exit 1; }
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "installing python3.11-venv: making virtual environments"; $(AS_ROOT) apt-get update -qq && $(AS_ROOT) apt-get install -yqq --no-install-recommends python3.11-venv; }
-	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	@echo "installing the Python libraries named in pyproject.toml into $(VENV)"
+	@mkdir -p $(VENV)
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	  echo "installing python3.11-venv: making virtual environments"; \
+	  words=$$($(AS_ROOT) sh -c 'export DEBIAN_FRONTEND=noninteractive; apt-get update -qq && apt-get install -yqq --no-install-recommends python3.11-venv' 2>&1) \
+	    || { echo "$$words"; exit 1; }; \
+	  echo python3.11-venv >$(VENV)/debian-packages; }
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	@$(RUN) -P -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' >$(VENV)/requirements.txt
-	@$(RUN) -P -m pip install --quiet --disable-pip-version-check --requirement $(VENV)/requirements.txt
+	@echo "installing the Python libraries named in pyproject.toml into $(VENV); a dot for each"
+	@set -o pipefail; $(RUN) -P -m pip install --disable-pip-version-check --no-cache-dir --requirement $(VENV)/requirements.txt \
+	  | while read -r what _; do case $$what in Collecting) printf .;; Installing) printf ' unpacking';; esac; done || exit 1; echo
 	@touch $(STAMP)
 
 up: venv  ## start everything on this machine, with a first devbox; Ctrl-C stops it

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from config.state import State, process_environment
-from config.supervisor import Progress, StepFailed
+from config.supervisor import Progress, StepFailed, last_words
 
 #: package -> what it is for.
 CONTROL_PLANE = {
@@ -39,6 +41,13 @@ VM_HOST = {
 #: package.
 _UNITS = ("postgresql.service", "redis-server.service", "ssh.service", "nftables.service")
 
+#: How long one command of apt may take, in seconds, and how often its last line is shown meanwhile.
+_APT_WITHIN, _APT_SHOWN = 900.0, 5.0
+
+#: Files here make apt refuse to work: an installation was cut short and wants to be finished.
+_DPKG_UNFINISHED = Path("/var/lib/dpkg/updates")
+
+_UNIT_LINKS = Path("/etc/systemd/system")
 _POLICY = Path("/usr/sbin/policy-rc.d")
 _NO_CLUSTER = Path("/etc/postgresql-common/createcluster.d/berth.conf")
 
@@ -57,36 +66,76 @@ def missing() -> list[str]:
 def ensure(state: State, say: Progress) -> None:
     """Install what is missing, naming it first.  Raises StepFailed with the log of apt."""
     wanted = missing()
+    known = state.traces().get("packages", [])
+    if installed := {*known, *wanted, *_installed_for_venv()}:
+        state.record(packages=sorted(installed))
     if not wanted:
         return
     if shutil.which("apt-get") is None:
         raise StepFailed("packages", f"this machine has no apt-get; install by hand: {', '.join(wanted)}", None)
     for name in wanted:
         say(f"packages     installing {name}: {(CONTROL_PLANE | VM_HOST)[name]}")
-    state.record(packages=sorted({*state.traces().get("packages", []), *wanted}))
     log = state.logs / "apt.log"
-    enabled_before = _enabled()
-    with _services_off(), open(log, "ab") as out:
-        for command in (["apt-get", "update"], ["apt-get", "install", "--yes", "--no-install-recommends", *wanted]):
-            try:
-                done = subprocess.run(
-                    command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=900, check=False,
-                    env=process_environment() | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"},
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
-                raise StepFailed("packages", f"{' '.join(command[:2])} was not done within 900 s", log) from None
-            if done.returncode != 0:
-                raise StepFailed("packages", f"{' '.join(command)} ended with exit status {done.returncode}", log)
-    for unit in sorted(_enabled() - enabled_before):
-        subprocess.run(["systemctl", "disable", "--quiet", unit], capture_output=True, timeout=60, check=False)
+    links_before = _unit_links()
+    # A machine that looks for upgrades by itself holds dpkg's lock now and then.
+    options = ["--yes", "--quiet", "--no-install-recommends", "--option", "DPkg::Lock::Timeout=300"]
+    with _services_off():
+        if any(_DPKG_UNFINISHED.glob("[0-9]*")):
+            _apt(["dpkg", "--configure", "-a"], log, say)
+        _apt(["apt-get", "update", "--quiet"], log, say)
+        _apt(["apt-get", "install", *options, *wanted], log, say)
+    for link in _unit_links() - links_before:
+        link.unlink(missing_ok=True)
     if left := missing():
         raise StepFailed("packages", f"apt-get installed everything, yet these are not there: {', '.join(left)}", log)
+    say(f"packages     {len(wanted)} installed; none of their services was started or enabled")
 
 
-def _enabled() -> set[str]:
-    """Which of the packages' units start at boot.  Read from the links, so that it works where systemd does not run."""
-    wants = Path("/etc/systemd/system")
-    return {unit for unit in _UNITS if any(wants.glob(f"*.wants/{unit}")) or any(wants.glob(f"*.requires/{unit}"))}
+def _installed_for_venv() -> list[str]:
+    """What the Makefile had to install before there was a virtual environment."""
+    with contextlib.suppress(FileNotFoundError):
+        return (Path(sys.prefix) / "debian-packages").read_text().split()
+    return []
+
+
+def _apt(command: Sequence[str], log: Path, say: Progress) -> None:
+    """Run to its end, whatever is pressed meanwhile: a half-installed package is worse than a late answer.
+
+    Raises StepFailed, or KeyboardInterrupt once the command has ended.
+    """
+    with open(log, "ab") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+            env=process_environment() | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"},
+        )  # fmt: skip
+        began, interrupted = time.monotonic(), False
+        while True:
+            try:
+                status = process.wait(timeout=_APT_SHOWN)
+                break
+            except subprocess.TimeoutExpired:
+                say(f"packages     {last_words(log)[:100]}")
+                if time.monotonic() - began > _APT_WITHIN:
+                    process.kill()
+                    why = f"{' '.join(command[:2])} was not done within {_APT_WITHIN:g} s"
+                    raise StepFailed("packages", why, log) from None
+            except KeyboardInterrupt:
+                interrupted = True
+                say(f"packages     stopping when {' '.join(command[:2])} is done: half-installed packages help nobody")
+    if interrupted:
+        raise KeyboardInterrupt
+    if status != 0:
+        why = f"{' '.join(command)} ended with exit status {status}: {last_words(log)[:300]}"
+        raise StepFailed("packages", why, log)
+
+
+def _unit_links() -> set[Path]:
+    """The links by which units of those packages start at boot.  Looked at directly: systemd need not be running."""
+    return {
+        link
+        for link in (*_UNIT_LINKS.glob("*"), *_UNIT_LINKS.glob("*/*"))
+        if link.is_symlink() and link.readlink().name in _UNITS
+    }
 
 
 @contextlib.contextmanager

@@ -227,7 +227,7 @@ class Supervisor:
                 if process.poll() is None:
                     _end(process, signal.SIGTERM, 5.0)
         if code != 0:
-            raise StepFailed(name, _last_words(log_path) or f"ended with {_exit_text(code)}", log_path)
+            raise StepFailed(name, last_words(log_path) or f"ended with {_exit_text(code)}", log_path)
         return lines
 
     def _require_alive(self) -> None:
@@ -449,7 +449,7 @@ def _exit_text(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
-def _last_words(log: Path) -> str:
+def last_words(log: Path) -> str:
     """The last line of a log that says something, for the message of a failed step."""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -290,11 +291,22 @@ def run(installation: Installation) -> int:
         except (StepFailed, StateError) as failure:
             sys.stderr.write(f"\nFAILED  {failure}\n\n")
             code = 1
+        except Exception as error:  # nothing that was started may be left behind by what nobody thought of
+            sys.stderr.write(f"\nFAILED  {_unforeseen(installation.state, error)}\n\n")
+            code = 1
         ignore_further()
         say("stopping")
         installation.stop()
         say("stopped; nothing is running, data stays in " + str(installation.state.path))
         return code
+
+
+def _unforeseen(state: State, error: Exception) -> StepFailed:
+    """An error that no step expects, in a line; the whole of it goes to a log."""
+    log = state.logs / "up.log"
+    with open(log, "a") as out:
+        traceback.print_exception(error, file=out)
+    return StepFailed("up", f"{type(error).__name__}: {error}", log)
 
 
 @contextlib.contextmanager
