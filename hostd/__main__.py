@@ -7,13 +7,16 @@ runs the daemon; with ``--detach`` it returns, in the same way, once the daemon 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import pkgutil
 import socket
 import sys
 import time
 from typing import Any
 
+import hostd
 from hostd import bundle, config, messages
 from hostd.config import HostConfig
 
@@ -36,13 +39,12 @@ def main(argv: list[str] | None = None) -> int:
         if name == "serve":
             command.add_argument("--detach", action="store_true", help="return once the daemon answers")
             command.add_argument("--inherit", help=argparse.SUPPRESS)
-    commands.add_parser("version", help="print protocol and digest")
+    version = commands.add_parser("version", help="print protocol and digest, having loaded every module")
+    version.add_argument("--config", help="a host.json to be understood as well")
     options = parser.parse_args(argv)
-    if options.command == "version":
-        path = bundle.running_path()
-        say({"protocol": messages.PROTOCOL, "digest": bundle.digest_of(path) if path else ""})
-        return 0
     try:
+        if options.command == "version":
+            return _version(options.config)
         if options.command == "setup":
             from hostd import setup
 
@@ -57,6 +59,17 @@ def main(argv: list[str] | None = None) -> int:
         code = error.code if isinstance(error, messages.Refused) else "internal"
         say({"error": {"code": code, "message": str(error)}})
         return _FAILED
+
+
+def _version(config_path: str | None) -> int:
+    """Tell who this is, having tried all that a running hostd would meet later: it is asked before it takes over."""
+    for module in pkgutil.iter_modules(hostd.__path__):
+        importlib.import_module(f"hostd.{module.name}")
+    if config_path:
+        config.load(config_path)
+    path = bundle.running_path()
+    say({"protocol": messages.PROTOCOL, "digest": bundle.digest_of(path) if path else ""})
+    return 0
 
 
 def say(line: dict[str, Any]) -> None:

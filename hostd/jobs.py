@@ -133,10 +133,11 @@ def drop_kept_disks(cfg: HostConfig, older_than_seconds: float) -> dict[str, Any
 
 
 def check_bundle(cfg: HostConfig, path: str) -> dict[str, Any]:
-    """Prove that a shipped bundle starts on this machine. Raises Refused bad_request."""
+    """Prove that a shipped bundle starts on this machine and understands its configuration. Raises Refused
+    bad_request."""
     try:
         done = subprocess.run(
-            [sys.executable, "-I", path, "version"],
+            [sys.executable, "-I", path, "version", "--config", cfg.path],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_CHECK_SECONDS,
@@ -145,7 +146,8 @@ def check_bundle(cfg: HostConfig, path: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         raise Refused("bad_request", f"the bundle did not start within {_CHECK_SECONDS:g} s") from None
     if done.returncode:
-        raise Refused("bad_request", f"the bundle does not start here: {done.stderr.decode(errors='replace')[-300:]}")
+        words = (done.stderr or done.stdout).decode(errors="replace").strip()
+        raise Refused("bad_request", f"the bundle does not start here: {words[-300:]}")
     return {}
 
 

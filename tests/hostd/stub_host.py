@@ -1,6 +1,6 @@
 """hostd itself, on stubs of what is below it: boxes are files and a sleeping process, keepers a small script.
 
-Started as a process by tests/hostd/test_serve_daemon.py: everything above the stubs is the real thing, needs no root
+Started as a process by tests/hostd/stub_daemon.py: everything above the stubs is the real thing, needs no root
 and no pool, and may be killed at will. Commands a stub keeper understands: ``exit N``, ``sleep SECONDS N``, ``die``.
 """
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import json
 import os
 import signal
@@ -13,90 +11,16 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hostd import bundle, messages
+from hostd import messages
 from hostd.messages import Refused
-from tests.hostd.client import LIMITS, Client, Connection, new_id
-
-STUB = Path(__file__).with_name("stub_host.py")
-IMAGE = "img_stub"
-
-
-class Host:
-    """A stub host's process and a client of it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = {
-            "cluster": "c",
-            "host": "hst_1",
-            "install": 3,
-            "root": str(folder),
-            "run": str(folder / "run"),
-            "image": IMAGE,
-        }
-        self.client = Client(str(folder / "run" / "hostd.sock"), timeout=10)
-        self.process: subprocess.Popen[bytes] | None = None
-        self.environment: dict[str, str] = {}
-
-    def start(self, **changes: object) -> None:
-        self.config.update(changes)
-        (self.folder / "host.json").write_text(json.dumps(self.config))
-        self.process = subprocess.Popen(
-            [sys.executable, STUB, "serve", "--config", self.folder / "host.json"],
-            env={**os.environ, **self.environment},
-        )
-        until(self.answers)
-
-    def answers(self) -> bool:
-        assert self.process is not None and self.process.poll() is None, "hostd ended"
-        try:
-            self.client.call("hello")
-        except OSError:
-            return False
-        return True
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-
-    def remove(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait(20)
-        for folder in ("stub-keeper", "b"):
-            for path in (self.folder / "run" / folder).glob("*"):
-                if path.read_text():
-                    try:
-                        os.kill(int(path.read_text()), signal.SIGKILL)
-                    except ProcessLookupError:
-                        pass
-
-    def create(self, box: str, fence: int = 1) -> dict:
-        for _ in range(5):
-            try:
-                return self.client.create(box, IMAGE, fence)
-            except Refused as refused:
-                if refused.code != "not_ready":  # a stub keeper may take seconds to start on a busy machine
-                    raise
-        raise AssertionError("the keeper does not start")
-
-    def report(self) -> dict[str, dict]:
-        return {entry["box"]: entry for entry in self.client.call("report")["boxes"]}
-
-
-def until(true: Callable[[], object], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.02)
+from tests.hostd.client import LIMITS, Connection, new_id
+from tests.hostd.stub_daemon import IMAGE, STUB, Host, code, until
 
 
 @pytest.fixture
@@ -106,12 +30,6 @@ def host(tmp_path: Path) -> Iterator[Host]:
         yield found
     finally:
         found.remove()
-
-
-def code(call: Callable[[], object]) -> str:
-    with pytest.raises(Refused) as caught:
-        call()
-    return caught.value.code
 
 
 def test_a_box_from_birth_to_death_each_verb_twice(host: Host):
@@ -436,74 +354,6 @@ def test_the_log_tells_no_secret(host: Host):
     host.client.spawn(box, new_id("exe"), "exit 0 hunter2 1", env={"TOKEN": "hunter2"})
     host.remove()
     assert "hunter2" not in (host.folder / "log" / "hostd.log").read_text()
-
-
-def stub_bundle(extra: str = "") -> bundle.Bundle:
-    """A bundle of the real tree that starts the stubs."""
-    main = f"import sys\nsys.path.append({str(STUB.parent)!r})\nimport stub_host\n{extra}\n"
-    main += "sys.exit(stub_host.main(sys.argv[1:]))\n"
-    with zipfile.ZipFile(io.BytesIO(bundle.build().data)) as real:
-        found = io.BytesIO()
-        with zipfile.ZipFile(found, "w") as archive:
-            for name in real.namelist():
-                archive.writestr(name, main if name == "__main__.py" else real.read(name))
-    return bundle.Bundle(found.getvalue(), hashlib.sha256(found.getvalue()).hexdigest())
-
-
-def test_a_shipped_bundle_takes_over_and_nothing_is_cut(host: Host):
-    host.start()
-    assert host.process is not None
-    box, exe = new_id("dbx"), new_id("exe")
-    up = host.create(box, 4)
-    host.client.spawn(box, exe, "sleep 2 9")
-    shipped = stub_bundle()
-    for _ in range(2):
-        host.client.call("ship", shipped.data, digest=shipped.digest)
-    errors: list[BaseException] = []
-    served = [0]
-    stop = threading.Event()
-
-    def keep_asking() -> None:
-        while not stop.is_set():
-            try:
-                host.client.call("hello")
-                served[0] += 1
-            except BaseException as error:
-                errors.append(error)
-
-    askers = [threading.Thread(target=keep_asking) for _ in range(4)]
-    for asker in askers:
-        asker.start()
-    with host.client.connect() as kept:
-        kept.call("state", box=box, id=exe)
-        host.client.call("restart", digest=shipped.digest)
-        until(lambda: host.client.call("hello")["digest"] == shipped.digest)
-        assert kept.call("state", box=box, id=exe)["id"] == exe
-    stop.set()
-    for asker in askers:
-        asker.join()
-    assert served[0] > 20 and not errors
-    assert host.process.poll() is None  # the same process, so whoever supervises it sees no end
-    assert host.create(box, 4) == up
-    with host.client.watch() as watch:
-        assert (event := watch.next())["id"] == exe and event["exit"] == 9
-    assert os.path.realpath(host.folder / "bundles" / "current.pyz").endswith(f"{shipped.digest}.pyz")
-    host.client.call("restart", digest=shipped.digest)  # again, into itself
-    until(lambda: host.client.call("hello")["digest"] == shipped.digest)
-    assert host.report()[box]["state"] == "up"
-
-
-def test_bundles_that_must_not_run(host: Host):
-    host.start()
-    shipped, broken = stub_bundle(), stub_bundle("raise SystemExit('broken')")
-    assert code(lambda: host.client.call("ship", shipped.data + b"x", digest=shipped.digest)) == "bad_request"
-    assert code(lambda: host.client.call("restart", digest=shipped.digest)) == "bad_request"
-    host.client.call("ship", broken.data, digest=broken.digest)
-    assert code(lambda: host.client.call("restart", digest=broken.digest)) == "bad_request"
-    with host.client.connect() as connection:  # a body that is cut leaves nothing
-        connection.socket.sendall(messages.request("ship", digest=shipped.digest, body=100) + b"x")
-    assert host.answers()
-    assert [path.name for path in (host.folder / "bundles").iterdir()] == [f"{broken.digest}.pyz"]
 
 
 def test_a_hung_keeper_hangs_nobody_else(host: Host):
