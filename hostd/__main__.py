@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import pkgutil
+import select
 import socket
 import sys
 import time
@@ -103,28 +104,48 @@ def _detach(cfg: HostConfig, path: str) -> int:
     argv = [sys.executable, "-I", os.path.realpath(running)] if running else [sys.executable, "-m", "hostd"]
     folder = f"{cfg.root}/log"
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setsid()
-            if os.fork():
-                os._exit(0)
-            null = os.open("/dev/null", os.O_RDWR)
-            errors = os.open(f"{folder}/hostd.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            for target, handle in enumerate((null, errors, errors)):
-                os.dup2(handle, target)
-            os.closerange(3, 2**20)
-            os.execv(argv[0], [*argv, "serve", "--config", path])
-        finally:
-            os._exit(127)
-    os.waitpid(child, 0)
+    errors = os.open(f"{folder}/hostd.err", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    said_before = os.fstat(errors).st_size
+    daemon = _start_daemon([*argv, "serve", "--config", path], errors)
     deadline = time.monotonic() + DETACH_SECONDS
     while time.monotonic() < deadline:
         if _answers(cfg):
             say({"done": True})
             return 0
-        time.sleep(0.05)
-    message = f"hostd did not answer within {DETACH_SECONDS:g} s; see {folder}/hostd.err and hostd.log"
+        if daemon is None or select.select([daemon], [], [], 0.05)[0]:
+            words = os.pread(errors, 65536, said_before).decode(errors="replace").strip()
+            return _fail(f"hostd ended at once: {words[-1000:] or f'see {folder}/hostd.log'}")
+    return _fail(f"hostd did not answer within {DETACH_SECONDS:g} s; see {folder}/hostd.err and hostd.log")
+
+
+def _start_daemon(argv: list[str], errors: int) -> int | None:
+    """A pidfd of a process that is nobody's child; None when it ended already."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setsid()
+            if grandchild := os.fork():
+                os.write(write, str(grandchild).encode())
+                os._exit(0)
+            null = os.open("/dev/null", os.O_RDWR)
+            for target, handle in enumerate((null, errors, errors)):
+                os.dup2(handle, target)
+            os.closerange(3, 2**20)
+            os.execv(argv[0], argv)
+        finally:
+            os._exit(127)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        pid = int(pipe.read() or b"0")
+    os.waitpid(child, 0)
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def _fail(message: str) -> int:
     say({"error": {"code": "internal", "message": message}})
     return _FAILED
 

@@ -20,6 +20,7 @@ import platform
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import IO, Any, Final
@@ -77,7 +78,7 @@ def ensure(cfg: HostConfig, say: Say, *, rebuild: bool = False) -> str:
         if wanted:
             raise Refused("unknown_image", f"{wanted} is neither in the pool nor in {cfg.image_cache}")
         say("image_build", packages=len(PACKAGES), note="about a minute")
-        image = _make(cfg, lambda folder: _bootstrap(cfg, folder), {"recipe": _recipe_key()})
+        image = _make(cfg, lambda folder: _bootstrap(cfg, folder, say), {"recipe": _recipe_key()})
         write_file(f"{cfg.image_cache}/recipe-{_recipe_key()}", image.encode())
         say("image", image=image, source="built")
         return image
@@ -225,7 +226,7 @@ def _discard(cfg: HostConfig, name: str) -> None:
 # --- our own recipe -------------------------------------------------------------------------------------------------
 
 
-def _bootstrap(cfg: HostConfig, folder: str) -> None:
+def _bootstrap(cfg: HostConfig, folder: str, say: Say) -> None:
     """Debian as this machine has it, from this machine's own package sources."""
     argv = ["mmdebstrap", "--mode=root", "--variant=apt", f"--include={','.join(PACKAGES)}"]
     argv += ['--aptopt=Apt::Install-Recommends "false"']
@@ -235,22 +236,35 @@ def _bootstrap(cfg: HostConfig, folder: str) -> None:
     argv += [_codename(), folder]
     sources = "".join(f"{line}\n" for line in apt_sources(_codename()))
     log = f"{cfg.root}/image-build.log"
-    with open(log, "wb") as out:
+    with open(log, "wb") as out, tempfile.TemporaryFile() as given:
+        given.write(sources.encode())
+        given.seek(0)
+        # "-": sources from standard input; without any, mmdebstrap takes Debian's own mirrors.
+        process = subprocess.Popen([*argv, "-"] if sources else argv, stdin=given, stdout=out, stderr=out)
         try:
-            # "-": sources from standard input; without any, mmdebstrap takes Debian's own mirrors.
-            done = subprocess.run(
-                [*argv, "-"] if sources else argv,
-                input=sources.encode(),
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                timeout=_BUILD_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise Refused("internal", f"mmdebstrap took more than {_BUILD_SECONDS} s: see {log}") from None
-    if done.returncode:
-        raise Refused("internal", f"mmdebstrap ended with {done.returncode}: {_tail(log)}")
+            status = _await_bootstrap(process, log, say)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    if status:
+        raise Refused("internal", f"mmdebstrap ended with {status}: {_tail(log)}")
     _customise(folder)
+
+
+def _await_bootstrap(process: subprocess.Popen[bytes], log: str, say: Say) -> int:
+    """Its exit status, telling each new line that is about a step. Raises Refused when it takes too long."""
+    deadline = time.monotonic() + _BUILD_SECONDS
+    told = ""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=2)
+        steps = [line[3:] for line in _tail(log).splitlines() if line.startswith("I: ")]
+        if steps and steps[-1] != told:
+            told = steps[-1]
+            say("image_build", doing=told)
+        if time.monotonic() > deadline:
+            raise Refused("internal", f"mmdebstrap took more than {_BUILD_SECONDS} s: see {log}")
 
 
 def _customise(folder: str) -> None:

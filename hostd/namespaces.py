@@ -12,6 +12,7 @@ refuses such machines otherwise).
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -123,7 +124,23 @@ def _make(cfg: HostConfig) -> None:
     syscalls.mount(folder, folder, None, syscalls.MS_BIND)
     syscalls.mount(None, folder, None, syscalls.MS_PRIVATE)
     os.close(os.open(cfg.namespace_pin, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    child, words = _child(lambda: _furnish(cfg, folder))
+    # The kernel binds a namespace only if its number is higher than the caller's own (so that none can hold itself),
+    # and newer kernels number by processor: in a machine that is itself in a namespace, not every processor will do.
+    for processor in os.sched_getaffinity(0):
+        try:
+            return _pin_made_on(processor, cfg, folder)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    raise OSError(errno.EINVAL, "the kernel lets no mount namespace be pinned here", cfg.namespace_pin)
+
+
+def _pin_made_on(processor: int, cfg: HostConfig, folder: str) -> None:
+    def become() -> None:
+        os.sched_setaffinity(0, {processor})
+        _furnish(cfg, folder)
+
+    child, words = _child(become)
     try:
         if words:
             raise OSError(1, f"no mount namespace: {words}")
