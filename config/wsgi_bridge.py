@@ -47,14 +47,17 @@ class Bridge:
         self.pool: Executor = ThreadPoolExecutor(settings.BERTH.WSGI_THREADS, "wsgi")
         self._inside = 0
 
+    def _check_room(self) -> None:
+        if self._inside >= settings.BERTH.WSGI_QUEUE + settings.BERTH.WSGI_THREADS:
+            raise Unavailable(f"{settings.BERTH.WSGI_QUEUE} requests are waiting already; try again shortly")
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Load balancers ask for health by address, which the site's check of the host name would refuse.
         is_api = scope["path"].startswith("/v1/") or scope["path"] == "/healthz"
         body: Body | None = None
         try:
             try:
-                if self._inside >= settings.BERTH.WSGI_QUEUE + settings.BERTH.WSGI_THREADS:
-                    raise Unavailable(f"{settings.BERTH.WSGI_QUEUE} requests are waiting already; try again shortly")
+                self._check_room()  # before a byte of the body is taken
                 headers = headers_of(scope)
                 body = Body(receive, declared_length(headers))
                 if is_api:
@@ -66,6 +69,7 @@ class Bridge:
                 else:
                     raw = await body.read(SITE_BODY)
                 environ = _environ(scope, headers, raw)
+                self._check_room()  # others may have come first while the body was on its way
                 self._inside += 1
                 try:
                     status, head, content = await asyncio.get_running_loop().run_in_executor(

@@ -1,6 +1,9 @@
 """Every answer that is not a success has one shape, whoever gives it: DRF, the async frame, Django, the dispatcher."""
 
+import asyncio
+import dataclasses
 import json
+import threading
 
 import pytest
 from django.db import OperationalError
@@ -141,16 +144,48 @@ def test_a_literal_segment_wins_over_a_parameter(alice, with_route):
 
 
 def test_a_queue_that_is_full_is_503(alice, settings, monkeypatch):
-    import dataclasses
-
     settings.BERTH = dataclasses.replace(settings.BERTH, WSGI_QUEUE=-100)
     answer = alice.get("/v1/accounts/me")
     assert answer.status_code == 503 and "retry-after" in answer.headers
 
 
-def test_bodies_share_one_budget(alice, web, settings):
-    import dataclasses
+def test_slow_bodies_do_not_pass_a_queue_that_fills_meanwhile(alice, web, settings, monkeypatch):
+    """Six requests that all found room when they began; their bodies end together, and there is room for two."""
+    from config import asgi, wsgi_bridge
 
+    settings.BERTH = dataclasses.replace(settings.BERTH, WSGI_QUEUE=1, WSGI_THREADS=1)
+    opened = threading.Event()
+
+    def call(handler, environ):
+        opened.wait(10)
+        return 200, [], b"{}"
+
+    monkeypatch.setattr(wsgi_bridge, "_call", call)
+
+    async def scenario():
+        come = asyncio.Event()
+
+        async def body():
+            yield b"{"
+            await come.wait()
+            yield b"}"
+
+        posts = [
+            asyncio.ensure_future(web.send("POST", "/v1/apikeys", key=alice.secret, content=body())) for _ in range(6)
+        ]
+        await asyncio.sleep(0.2)
+        assert not any(post.done() for post in posts)
+        come.set()
+        await asyncio.sleep(0.2)
+        assert asgi.bridge._inside == 2, "as many as have room"
+        opened.set()
+        return sorted([(await post).status_code for post in posts])
+
+    assert web.run(scenario()) == [200, 200, 503, 503, 503, 503]
+    assert asgi.bridge._inside == 0
+
+
+def test_bodies_share_one_budget(alice, web, settings):
     from api import bodies
 
     settings.BERTH = dataclasses.replace(settings.BERTH, BODY_BUDGET=1000, BODY_MAX=2000)
