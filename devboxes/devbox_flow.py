@@ -13,7 +13,7 @@ from accounts.sealing import SealBroken
 from devboxes import launch, logs, states
 from devboxes.models import Devbox
 from flows.engine import Flow, Row, Settled
-from flows.outcomes import DatabaseNow, Done, LeaseLost, Next, Outcome, Wait
+from flows.outcomes import DatabaseNow, Done, Next, Outcome, Superseded, Wait
 from flows.statements import Alongside
 from hostd.messages import Stream
 from hosts import placement, registry
@@ -135,7 +135,7 @@ class DevboxFlow(Flow[DevboxRow]):
     def on_exception(self, row: DevboxRow, error: Exception) -> Outcome | None:
         """What a host's refusal means. Being unreachable means: try again until the step's time is up."""
         if isinstance(error, StaleFence):
-            raise LeaseLost(row.id) from error
+            raise Superseded(row.id) from error
         if row.step in (states.TEARDOWN, states.CLEAN_UP):
             return None
         if isinstance(error, HostRefused):

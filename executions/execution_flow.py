@@ -27,7 +27,7 @@ from executions.environment import spawn_body
 from executions.models import Execution, Kept, Status
 from executions.outputs import output_key
 from flows.engine import Flow, Row
-from flows.outcomes import DatabaseNow, Done, LeaseLost, Next, Outcome, Wait
+from flows.outcomes import DatabaseNow, Done, Next, Outcome, Superseded, Wait
 from hostd.messages import StateReply
 from hosts.client import HostRefused, StaleFence, client_for, index_records, outputs
 
@@ -108,7 +108,7 @@ class ExecutionFlow(Flow[ExecutionRow]):
         """What a refusal of the host means for the command; None: try again."""
         if isinstance(error, StaleFence):
             # Somebody newer spoke for this row: whatever is true, they know it.
-            raise LeaseLost(row.id) from error
+            raise Superseded(row.id) from error
         if not isinstance(error, HostRefused):
             return None
         if row.step == "store":

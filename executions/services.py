@@ -257,11 +257,16 @@ def expected_on_host(host_id: str) -> list[ExpectedExecution]:
     return [ExpectedExecution(id=row[0], box=row[1], fence=row[2]) for row in rows]
 
 
-def over(ids: Sequence[str]) -> list[str]:
-    """Those of the ids that must not run any more: completed, or never heard of."""
-    rows = _fetch_all("SELECT id FROM executions_execution WHERE id = ANY(%s) AND completed_at IS NULL", (list(ids),))
-    live = {row[0] for row in rows}
-    return [execution_id for execution_id in ids if execution_id not in live]
+_OVER: Final = f"""
+SELECT x.id, {FENCE.format("e.")}
+  FROM unnest(%s::text[]) AS x(id) LEFT JOIN executions_execution e ON e.id = x.id
+ WHERE e.id IS NULL OR e.completed_at IS NOT NULL
+"""
+
+
+def over(ids: Sequence[str]) -> dict[str, int]:
+    """Those of the ids that must not run any more, completed or never heard of, each with the fence to stop it by."""
+    return dict(_fetch_all(_OVER, (list(ids),)))
 
 
 _STOP_ALL: Final = f"""

@@ -27,7 +27,7 @@ from django.db import Error, InterfaceError, OperationalError, connection, trans
 from flows import faults, hints, nudge
 from flows.leases import held
 from flows.models import Durable
-from flows.outcomes import Done, LeaseLost, Next, Outcome, Wait
+from flows.outcomes import Done, LeaseLost, Next, Outcome, Superseded, Wait
 from flows.statements import Alongside, Table, payload_names
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Flow(Generic[R]):
         return None
 
     def on_exception(self, row: R, error: Exception) -> Outcome | None:
-        """What an exception of a step means. None: nothing but "try again later". May raise LeaseLost."""
+        """What an exception of a step means; None: "try again later". Raises Superseded after a stale fence."""
         return None
 
     def expired(self, row: R) -> Outcome | None:
@@ -175,8 +175,18 @@ class Flow(Generic[R]):
             else:
                 _remind(self, row.id, outcome.seconds)
 
-    def _retry(self, row: R, code: str, detail: str) -> None:
+    def _give_back(self, row: R) -> None:
+        """After a stale fence: free the row, unless that has been done by whoever raised the fence."""
+        try:
+            self._retry(row, "stale_fence", f"step {row.step} came to its host behind a newer one", at_once=True)
+            log.info("%s: %s in step %s came with a stale fence and is tried again", self.queue, row.id, row.step)
+        except LeaseLost:
+            log.debug("%s: %s was taken from step %s", self.queue, row.id, row.step)
+
+    def _retry(self, row: R, code: str, detail: str, *, at_once: bool = False) -> None:
+        """Free the row and book the next try: after a pause that grows with the tries; `at_once`: the first without."""
         pause = min(RETRY_CAP_SECONDS, RETRY_FIRST_SECONDS * 2 ** min(row.attempts, 16)) * random.uniform(0.75, 1.25)  # noqa: S311
+        pause = 0.0 if at_once and row.attempts == 0 else pause
         params = (row.wakes, pause, code, detail[:DETAIL_LIMIT], row.id, row.lease, row.fence)
         found = _query(self.table.retry, params)
         if not found:
@@ -204,8 +214,10 @@ class Flow(Generic[R]):
                     if not self._advance_once(row):
                         return
                 self.settle(row, Wait(0))  # others want this thread too
+        except Superseded:
+            self._give_back(row)
         except LeaseLost:
-            log.info("%s: the lease of %s was lost in step %s", self.queue, row.id, row.step)
+            log.debug("%s: the lease of %s was lost in step %s", self.queue, row.id, row.step)
         except Error:
             # The database itself: nothing was written, the lease lapses and the sweep takes the row again.
             log.exception("%s: %s in step %s could not be settled", self.queue, row.id, row.step)

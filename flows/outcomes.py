@@ -16,6 +16,11 @@ class LeaseLost(Exception):
     """The row belongs to somebody else by now: whatever this step found out is thrown away, in silence."""
 
 
+class Superseded(LeaseLost):
+    """A host has served a newer fence than this step's. Mostly the row has moved on; if not, it is tried again at once
+    with a new fence: there is nobody to wait for."""
+
+
 @dataclass(frozen=True, slots=True)
 class DatabaseNow:
     """A point in time by the database's clock, `plus` seconds from the moment of the settle."""

@@ -123,20 +123,22 @@ def apply(client: HostClient, corrections: Corrections) -> None:
         log.error("host %s: %s is in no row: it is stopped, and its disk kept for a day", host_id, box)
         with _refusals_noted():
             client.destroy(box=box, fence=fence, keep_disk=True)
-    for box, id in _over(corrections.unknown_executions):
-        log.warning("host %s: %s in %s was given up and is killed", host_id, id, box)
-        with _refusals_noted():
-            # Newer than any fence of a row that is over: fences are microseconds of the clock, or more.
-            client.kill(box=box, id=id, fence=time.time_ns() // 1000, signal=9)
+    over = _over(corrections.unknown_executions)
+    for box, id in corrections.unknown_executions:
+        if id in over:
+            log.warning("host %s: %s in %s was given up and is killed", host_id, id, box)
+            with _refusals_noted():
+                client.kill(box=box, id=id, fence=over[id], signal=9)
 
 
-def _over(strays: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    over: set[str] = set()
+def _over(strays: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """Those of the commands that are over, with a fence that is newer than any of their rows'."""
+    over: dict[str, int] = {}
     for prefix, kind in registry.kinds().items():
         mine = [id for _, id in strays if id.partition("_")[0] == prefix]
         if mine:
             over.update(kind.over(mine))
-    return [pair for pair in strays if pair[1] in over]
+    return over
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ one `HostedKind` from its `apps.py`; nothing here imports them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -80,8 +80,8 @@ def _nothing_expected(host_id: str) -> Sequence[ExpectedBox | ExpectedExecution]
     return ()
 
 
-def _none_over(ids: Sequence[str]) -> Sequence[str]:
-    return ()
+def _none_over(ids: Sequence[str]) -> Mapping[str, int]:
+    return {}
 
 
 def _ready(devbox_id: str) -> bool:
@@ -106,8 +106,9 @@ class HostedKind:
     on_box_exits: Callable[[list[BoxExitEvent]], list[str]] = _no_box_exits
     """Returns the box ids to acknowledge."""
     expected_on_host: Callable[[str], Sequence[ExpectedBox | ExpectedExecution]] = _nothing_expected
-    over: Callable[[Sequence[str]], Sequence[str]] = _none_over
-    """Those of the ids whose rows are completed (or never were): running on a host, they are to be killed."""
+    over: Callable[[Sequence[str]], Mapping[str, int]] = _none_over
+    """Those of the ids whose rows are completed (or never were), each with a fence newer than any of its row's: running
+    on a host, they are to be killed."""
     before_destroy: Callable[[str], bool] = _ready
     """(devbox id): True when nothing of the devbox on its host is needed any more."""
     after_destroy: Callable[[str, str], None] = _ignore

@@ -267,3 +267,11 @@ def test_a_busy_host_is_asked_again(caller: Caller, fake: FakeHost) -> None:
     sleep_over(devbox_id)
     work()
     assert row(devbox_id).status == "running"
+
+
+def test_a_host_that_has_served_a_newer_fence_is_asked_again_with_a_newer_one(caller: Caller, fake: FakeHost) -> None:
+    devbox_id = create(caller)
+    fake.hooks["prepare_disk"] = lambda *, box, fence, **_: fake.fences.update({box: fence + 1})
+    work()
+    assert (row(devbox_id).status, row(devbox_id).attempts) == ("running", 0), "no lease had to lapse"
+    assert len(fake.called("boot")) == 2

@@ -1,6 +1,7 @@
 """The flow of a command: each step's outcome and host calls, replays, races, and what the host's answers mean."""
 
 import datetime
+import time
 
 import pytest
 from django.db import connection
@@ -302,12 +303,12 @@ def test_kill_of_a_completed_one_changes_nothing(create, fake):
     assert (row(pk).stop_why, row(pk).fence, row(pk).wake_at) == (None, fence, None)
 
 
-def test_a_stale_worker_gives_up_in_silence(create, fake, devbox):
+def test_a_stale_worker_frees_the_row_and_starts_nothing(create, fake, devbox):
     pk = create()
     fake.fences[pk] = 2**60
     left = run(pk)
-    assert (left.step, left.error_code) == ("spawn", None)
-    assert left.lease is not None  # it lapses; nobody is told anything wrong
+    assert (left.step, left.lease, left.error_code, left.attempts) == ("spawn", None, "stale_fence", 1)
+    assert fake.boxes[devbox].executions == {}
 
 
 # --- hosts that do not answer, refuse or have lost it ---
@@ -442,8 +443,13 @@ def test_what_is_completed_or_unknown_must_not_run(create, fake):
     fake.finish(ended)
     fake.deliver()
     stranger = new_id("exe")
-    assert services.over([queued, ended, stranger, running]) == [ended, stranger]
-    assert services.over([]) == []
+    ahead = 2**61  # a fence that was raised while the database's clock was ahead
+    Execution.objects.filter(pk=ended).update(fence=ahead)
+    before = time.time_ns() // 1000
+    over = services.over([queued, ended, stranger, running])
+    assert set(over) == {ended, stranger} and over[ended] == ahead + 1
+    assert abs(over[stranger] - before) < 60_000_000
+    assert services.over([]) == {}
 
 
 def test_an_insert_that_ran_twice_over_a_broken_connection_is_found_by_its_id(create, monkeypatch):

@@ -24,6 +24,10 @@ from tests.flows.test_host_placement import host as host_row
 pytestmark = pytest.mark.django_db(transaction=True)
 
 
+FENCE = 2**60
+"""What the owner of a command that is over says to stop it by."""
+
+
 class Owner:
     """Who answers for `dbx_` and `exe_` here: remembers what it is told and does as it is told."""
 
@@ -49,7 +53,7 @@ class Owner:
     def kinds(self) -> dict[str, HostedKind]:
         return {
             "dbx": HostedKind(on_box_exits=self.on_box_exits, expected_on_host=lambda _: list(self.rows)),
-            "exe": HostedKind(on_exits=self.on_exits, over=lambda ids: [id for id in ids if id in self.is_over]),
+            "exe": HostedKind(on_exits=self.on_exits, over=lambda ids: {id: FENCE for id in ids if id in self.is_over}),
         }
 
 
@@ -223,6 +227,7 @@ def test_a_command_that_was_given_up_is_killed(fake, owner, watcher, monkeypatch
     owner.is_over = {exe}
     watcher()
     eventually(lambda: fake.boxes[box].executions[exe].state == "exited")
+    assert [call["fence"] for call in fake.called("kill")] == [FENCE]
     time.sleep(0.5)
     assert fake.boxes[box].executions[other].state == "running"
 
