@@ -262,13 +262,17 @@ class Supervisor:
             code = running.process.poll()
             if code is None:
                 continue
+            _end_session(running.process.pid)
             if now - running.started > _STEADY:
                 running.failures = 0
             delay = min(_LONGEST_BACK_OFF, _FIRST_BACK_OFF * 2**running.failures)
             running.failures += 1
             running.again_at = now + delay
             name = running.service.name
-            self.say(f"{name:<12} ended with {_exit_text(code)}; again in {delay:g} s   log: {self.log_of(name)}")
+            pid = running.process.pid
+            self.say(
+                f"{name:<12} ended with {_exit_text(code)} (pid {pid}); again in {delay:g} s   log: {self.log_of(name)}"
+            )
         if now - self._log_looked > _LOG_LOOK:
             self._log_looked = now
             self._shorten_logs()
@@ -304,9 +308,7 @@ class Supervisor:
                 forced = _end(running.process, running.service.stop_signal, running.service.stop_within)
                 took = time.monotonic() - began
                 self.say(f"{running.service.name:<12} {'killed' if forced else 'stopped'}  {took:.1f} s")
-            # The leader ended; members of its session (a worker's children) must not outlive it.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(running.process.pid, signal.SIGKILL)
+            _end_session(running.process.pid)
         self._running = [r for r in self._running if names is not None and r.service.name not in names]
         if self._running:
             self._write_pids()
@@ -350,6 +352,12 @@ def start_time(pid: int) -> int:
 
 def is_same_process(pid: int, started: int) -> bool:
     return started != 0 and start_time(pid) == started
+
+
+def _end_session(leader: int) -> None:
+    """The leader has ended: what it started (the workers of a web server) must not outlive it and serve on unseen."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def end_leftovers(state: State, say: Progress, patience: float = 10.0) -> int:

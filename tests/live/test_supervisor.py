@@ -108,14 +108,19 @@ def test_stop_goes_backwards_and_forces_who_does_not_listen(supervisor: Supervis
     assert not supervisor.state.supervisor_file.exists()
 
 
-def test_members_of_a_services_session_do_not_outlive_it(supervisor: Supervisor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+def test_members_of_a_services_session_do_not_outlive_it(supervisor: Supervisor, tmp_path: Path, end: str) -> None:
     child_file = tmp_path / "child"
     script = f"sleep 60 & echo $! > {child_file}.new; mv {child_file}.new {child_file}; wait"
     supervisor.start([shell("parent", script, file_there(child_file))])
     child = int(child_file.read_text())
-    supervisor.stop()
+    if end == "stopped":
+        supervisor.stop()
+    else:
+        os.kill(supervisor.pids()["parent"], signal.SIGKILL)
     deadline = time.monotonic() + 5
     while start_time(child) and time.monotonic() < deadline:
+        supervisor._look()
         time.sleep(0.02)
     assert not start_time(child)
 
