@@ -13,6 +13,7 @@ import pwd
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from config.down import stop
@@ -21,6 +22,8 @@ from config.supervisor import Progress, StepFailed
 from config.up import host_config, host_root
 
 _RUN_SSHD = Path("/run/sshd")
+#: How long killed processes may take to be gone, in seconds.
+_ENDED_WITHIN = 5.0
 
 
 def uninstall(state: State, say: Progress) -> list[str]:
@@ -76,11 +79,20 @@ def _host(state: State, say: Progress) -> None:
 
 def _remove_user(name: str, say: Progress) -> None:
     """Remove a user made by this installation, with its group and home."""
+    # SSH connections outlive an sshd that was killed, and userdel refuses while one is open.
+    subprocess.run(["pkill", "-KILL", "-u", name], capture_output=True, timeout=10, check=False)
+    deadline = time.monotonic() + _ENDED_WITHIN
+    while _has_processes(name) and time.monotonic() < deadline:
+        time.sleep(0.05)
     done = subprocess.run(["userdel", "--remove", name], capture_output=True, text=True, timeout=30, check=False)
     if done.returncode not in (0, 6, 12):  # 6: there is none; 12: it had no home to remove
         raise StepFailed("users", f"userdel {name}: {done.stderr.strip()}", None)
     if done.returncode != 6:
         say(f"user         {name} removed")
+
+
+def _has_processes(user: str) -> bool:
+    return subprocess.run(["pgrep", "-u", user], capture_output=True, timeout=10, check=False).returncode == 0
 
 
 def _running(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -107,8 +108,10 @@ def test_a_step_that_fails_says_which_why_and_where_its_log_is(live_folder: Path
         assert log.stat().st_size > 100
         assert [trace for trace in traces.find(marks) if not trace.startswith(AT_REST)] == []
         up.state.record(packages=["one-package", "another-package"])
+        lingering = subprocess.Popen(["sleep", "60"], user=marks.user)  # as an SSH connection does
     finally:
         told = up.remove()
+    assert lingering.wait(1) == -signal.SIGKILL
     nothing_left(marks)
     assert "apt-get purge one-package another-package" in told
     assert "DATABASE_URL" in told
