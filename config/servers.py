@@ -374,6 +374,8 @@ AllowAgentForwarding no
 PermitTunnel no
 PermitUserRC no
 PrintMotd no
+ClientAliveInterval 10
+ClientAliveCountMax 3
 MaxStartups 100:30:200
 Subsystem sftp internal-sftp
 Match User root
