@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 # Root is needed to make users, mounts and network; sudo keeps the settings named above.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=BERTH_STATE,BERTH_BIND,BERTH_WARM,BERTH_POOL_GB,DATABASE_URL,REDIS_URL,S3_ENDPOINT_URL,S3_ACCESS_KEY_ID,S3_SECRET_ACCESS_KEY,S3_BUCKET,S3_REGION)
 
-.PHONY: help venv up down uninstall prove test bench lint schema
+.PHONY: help venv up down uninstall prove test bench chaos lint schema
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -53,6 +53,9 @@ test: venv  ## every test, those on real boxes too (root)
 
 bench: venv  ## speed and memory: tables, and build/bench.json (root)
 	@$(AS_ROOT) $(RUN) -m tests.bench $(ARGS)
+
+chaos: venv  ## kill everything at random under load: SEED=, LENGTH= (seconds), COMMANDS= (at once)
+	@$(AS_ROOT) $(RUN) -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(LENGTH),--seconds $(LENGTH)) $(if $(COMMANDS),--commands $(COMMANDS)) $(ARGS)
 
 lint: venv  ## ruff, mypy and the import rules
 	@$(VENV)/bin/ruff check .

@@ -73,12 +73,12 @@ class Target:
 
 
 @contextlib.contextmanager
-def throwaway() -> Iterator[Target]:
-    """A running installation; nothing is left of it afterwards."""
+def throwaway(**settings: str) -> Iterator[Target]:
+    """A running installation, with these settings besides; nothing is left of it afterwards."""
     with tempfile.TemporaryDirectory(prefix="berth-bench-") as name, interrupts():
         folder = Path(name)
         folder.chmod(0o755)  # sockets and boxes are below it
-        up = Up(folder / "s", BERTH_BIND=f"127.0.0.1:{free_port()}", **ROOM)
+        up = Up(folder / "s", BERTH_BIND=f"127.0.0.1:{free_port()}", **(ROOM | settings))
         up.state.create()
         marks = traces.Marks.of(up.state)
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import threading
 import time
@@ -17,7 +16,7 @@ import httpx
 import pytest
 import redis
 
-from hostd.config import BOXES, UIDS_PER_BOX
+from tests.chaos.site import Site
 
 pytestmark = pytest.mark.live
 
@@ -58,55 +57,14 @@ def wait_until(true, within: float, what: str) -> None:
         time.sleep(0.1)
 
 
-def processes(host) -> set[str]:
-    """The boxes, by the name of their interface, whose users have processes on this machine: a process that is left
-    has its uid, and with it a network and a mount namespace, even when it is in no cgroup of ours any more."""
-    boxes, keepers = host.uid_base(0), host.keeper_uid(0)
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            uid = int((folder / "status").read_text().split("Uid:\t", 1)[1].split()[0])
-        except (OSError, IndexError):
-            continue
-        if boxes <= uid < boxes + BOXES * UIDS_PER_BOX:
-            found.add(host.link((uid - boxes) // UIDS_PER_BOX))
-        elif keepers <= uid < keepers + BOXES:
-            found.add(host.link(uid - keepers))
-    return found
-
-
-def leftovers(berth) -> dict[str, set[str]]:
-    """What there is of boxes on the host, by kind."""
-    host = berth.host_config()
-    groups = {path.name for path in Path("/sys/fs/cgroup").glob(f"*/{host.cgroup}/*") if path.is_dir()}
-    links = {path.name for path in Path("/sys/class/net").glob(f"{host.link_prefix}*")}
-    mounts = Path(f"/proc/{hostd_pid(berth)}/mountinfo").read_text()
-    return {
-        "processes": processes(host),
-        "mounts": set(re.findall(r"\bs\d+-[0-9a-f]{6}\b", mounts)),
-        "cgroups": groups,
-        "interfaces": links,
-        "disks": {path.name for path in Path(host.disks).iterdir()},
-        "bundles": {path.name for path in Path(host.run, "b").iterdir()},
-        "outputs": {path.name for path in Path(host.outputs).iterdir()},
-    }
-
-
 @pytest.fixture
 def no_orphans(berth) -> Iterator[None]:
     """Afterwards the host has for each devbox that is not over exactly its own things, and nothing else."""
     yield
 
-    def strangers() -> dict[str, set[str]]:
-        slots = {slot for (slot,) in berth.rows("SELECT slot FROM devboxes_devbox WHERE completed_at IS NULL")}
-        numbers = {slot.split("-")[0].removeprefix("s") for slot in slots}
-        prefix = berth.host_config().link_prefix
-        expected = {f"b-{slot}" for slot in slots} | {f"k-{slot}" for slot in slots} | slots
-        expected |= {f"{prefix}{number}" for number in numbers}
-        return {kind: names - expected for kind, names in leftovers(berth).items() if names - expected}
-
+    site = Site(berth.state, berth.base_url, berth.owner.secret, berth.up.said)
     deadline = time.monotonic() + 30
-    while (found := strangers()) and time.monotonic() < deadline:
+    while (found := site.strangers()) and time.monotonic() < deadline:
         time.sleep(0.3)
     assert not found
 

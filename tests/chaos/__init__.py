@@ -1,0 +1,1 @@
+"""Everything is killed, frozen and cut at random while much goes on: ``python -m tests.chaos``, ``make chaos``."""
