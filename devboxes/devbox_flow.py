@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from django.conf import settings
+
 from accounts.sealing import SealBroken
 from devboxes import launch, logs, states
 from devboxes.models import Devbox
@@ -28,6 +30,7 @@ LAUNCH_LOOK_SECONDS = 15.0
 LAUNCH_HOLD_MS = 300
 LAUNCH_SLICE = timedelta(seconds=3)
 RUNNING_LOOK_SECONDS = 3600.0
+SILENCE_LOOK_SECONDS = 5.0
 BEFORE_DESTROY = timedelta(seconds=60)
 BEFORE_DESTROY_AGAIN_SECONDS = 0.5
 TAIL_BYTES = 64 * 1024
@@ -121,10 +124,20 @@ class DevboxFlow(Flow[DevboxRow]):
         return Settled(columns, transition(str(columns["status"]), str(reason) if reason else None))
 
     def expired(self, row: DevboxRow) -> Outcome | None:
-        """Past a step's time the devbox fails, naming the clock that fired."""
+        """Past a step's time the devbox fails, naming the clock that fired.
+
+        A host's silence does not count: what is on it is waited for until it is heard again or declared lost, but not
+        for longer than that takes, for then nobody listens to hosts at all.
+        """
         seconds = states.seconds_for(row.step)
         if seconds is None:
             return None
+        if row.host_id is not None and not placement.is_heard(row.host_id):
+            if host_is_lost(row.host_id):
+                return fail("health_check_failed", f"its host was lost while it was in {row.step}")
+            if row.now - row.step_since < timedelta(seconds=seconds + settings.BERTH.LOST_AFTER):
+                return Wait(SILENCE_LOOK_SECONDS, {"deadline_at": DatabaseNow(seconds)})
+            return fail("health_check_failed", f"its host was not heard for too long while it was in {row.step}")
         last = f"; the last trouble was: {row.why}" if row.why else ""
         if row.step == states.PLACE:
             return fail("health_check_failed", f"no host had room for it within {seconds:g} s{last}")

@@ -151,7 +151,14 @@ def expected_entrypoints(host_id: str) -> Sequence[ExpectedExecution]:
         ]
 
 
+def on_heard(host_id: str) -> None:
+    """Go on with what waits for that host to answer: a start, or an end."""
+    devbox_flow.wake_refused("host_id", host_id)
+
+
 def register() -> None:
     """Answer for boxes (`dbx_`) and launch work (`set_`)."""
-    registry.register("dbx", HostedKind(on_box_exits=on_box_exits, expected_on_host=expected_on_host))
+    registry.register(
+        "dbx", HostedKind(on_box_exits=on_box_exits, expected_on_host=expected_on_host, on_heard=on_heard)
+    )
     registry.register("set", HostedKind(on_exits=on_exits, expected_on_host=expected_entrypoints))

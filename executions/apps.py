@@ -21,6 +21,7 @@ class ExecutionsConfig(AppConfig):
                 on_exits=services.finish_executions,
                 expected_on_host=services.expected_on_host,
                 over=services.over,
+                on_heard=services.on_heard,
                 before_destroy=services.before_destroy,
                 after_destroy=services.after_destroy,
             ),

@@ -257,6 +257,11 @@ def expected_on_host(host_id: str) -> list[ExpectedExecution]:
     return [ExpectedExecution(id=row[0], box=row[1], fence=row[2]) for row in rows]
 
 
+def on_heard(host_id: str) -> None:
+    """Go on with the commands that wait for that host to answer."""
+    execution_flow.wake_refused("host_id", host_id)
+
+
 _OVER: Final = f"""
 SELECT x.id, {FENCE.format("e.")}
   FROM unnest(%s::text[]) AS x(id) LEFT JOIN executions_execution e ON e.id = x.id

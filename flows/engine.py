@@ -263,6 +263,11 @@ class Flow(Generic[R]):
                 self.nudge(pk)
         return len(found)
 
+    def wake_refused(self, column: str, value: object) -> int:
+        """Wake the rows with this value in `column` that sleep after a failed try, for its cause is gone."""
+        found = _query(self.table.refused(column), (value,))
+        return self.wake(*(pk for (pk,) in found)) if found else 0
+
     def request(
         self,
         pk: str,

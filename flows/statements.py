@@ -132,6 +132,13 @@ class Table:
             f"RETURNING id, {FREE}"
         )
 
+    def refused(self, name: str) -> str:
+        """Parameters: the value of column `name`. The ids of rows that sleep after a failed try."""
+        return (
+            f"SELECT id FROM {self.name} WHERE wake_at > now() AND attempts > 0 AND lease IS NULL "
+            f"AND {self.column(name)} = %s"
+        )
+
     @cached_property
     def retry(self) -> str:
         """Parameters: wakes at claim, seconds, code, detail, id, lease, fence."""

@@ -32,6 +32,8 @@ BULK_TRANSPORTS: Final = 4
 CHANNELS_EACH: Final = 200
 """sshd's cost per wake grows with its open channels; the next bulk Transport is dialled at this many."""
 WHERE_SECONDS: Final = 2.0
+WHERE_NEW_SECONDS: Final = 0.2
+"""Older than this, what the row says is read anew before a call is refused by it."""
 REFUSED_PAUSES: Final = (0.02, 0.06)
 """Pauses (times 0.5..1.5) before a refused socket is believed: a full backlog refuses at once, too."""
 FAIR_SECONDS: Final = 1.0
@@ -49,8 +51,8 @@ class Breaker:
     """Stops calls to a host that fails, so that it holds no threads; lets one through now and then to see.
 
     A failure weighs 1 when it may have been one slow verb and 2 when the host gave no sign of life; at 4 in a row the
-    circuit opens for 0.5 s, doubling up to 10 s. A host that the watcher calls silent gets single trials only.
-    Thread-safe.
+    circuit opens for 0.5 s, doubling up to 10 s. A host that the watcher calls silent gets single trials only, and all
+    is forgotten once the watcher hears it again. Thread-safe.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -61,16 +63,22 @@ class Breaker:
         self._until = 0.0
         self._trusted_until = 0.0
         self._reason = ""
+        self._silent = False
 
     def check(self, silent_for: float | None = None) -> None:
         """Raise Broken unless a call may be made now. `silent_for`: seconds since the watcher last heard the host."""
         now = self._clock()
         limit = policy().silent_after
         with self._lock:
-            if silent_for is not None and silent_for > limit and now > self._trusted_until and self._weight < BREAK_AT:
-                self._weight = BREAK_AT
-                self._reason = f"silent for {silent_for:.0f} s"
-                self._until = now
+            if silent_for is not None and silent_for > limit and now > self._trusted_until:
+                self._silent = True
+                if self._weight < BREAK_AT:
+                    self._weight = BREAK_AT
+                    self._reason = f"silent for {silent_for:.0f} s"
+                    self._until = now
+            elif self._silent and silent_for is not None and silent_for <= limit:
+                self._silent = False
+                self._weight = self._opened = 0
             if self._weight < BREAK_AT:
                 return
             if now < self._until:
@@ -173,7 +181,13 @@ class Link:
         """
         where = self.where()
         try:
-            self.breaker.check(where.silent_for)
+            try:
+                self.breaker.check(where.silent_for)
+            except Broken:
+                if time.monotonic() - self._where_at < WHERE_NEW_SECONDS:
+                    raise
+                where = self.where(fresh=True)  # it may have been heard just now, and the caller was woken for that
+                self.breaker.check(where.silent_for)
         except Broken as broken:
             raise HostUnreachable(self.host_id, str(broken)) from None
         try:

@@ -136,3 +136,13 @@ def fits_any(cpu_millis: int, memory_mb: int, disk_mb: int, architecture: str | 
     with connection.cursor() as cursor:
         cursor.execute(_FITS_ANY, _params(cpu_millis, memory_mb, disk_mb, architecture=architecture))
         return bool(cursor.fetchone()[0])
+
+
+def is_heard(host_id: str) -> bool:
+    """Whether the host was heard within SILENT_AFTER."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT FROM hosts_host WHERE id = %s AND seen_at > clock_timestamp() - make_interval(secs => %s)",
+            [host_id, policy().silent_after],
+        )
+        return cursor.fetchone() is not None

@@ -84,6 +84,10 @@ def _none_over(ids: Sequence[str]) -> Mapping[str, int]:
     return {}
 
 
+def _nobody_waits(host_id: str) -> None:
+    return None
+
+
 def _ready(devbox_id: str) -> bool:
     return True
 
@@ -109,6 +113,8 @@ class HostedKind:
     over: Callable[[Sequence[str]], Mapping[str, int]] = _none_over
     """Those of the ids whose rows are completed (or never were), each with a fence newer than any of its row's: running
     on a host, they are to be killed."""
+    on_heard: Callable[[str], None] = _nobody_waits
+    """(host id): it is heard, perhaps again; wake what has been refused by its absence."""
     before_destroy: Callable[[str], bool] = _ready
     """(devbox id): True when nothing of the devbox on its host is needed any more."""
     after_destroy: Callable[[str, str], None] = _ignore
@@ -133,6 +139,12 @@ def kind_of(some_id: str) -> HostedKind | None:
 def kinds() -> dict[str, HostedKind]:
     """All registered kinds by prefix, in the order of registration."""
     return dict(_kinds)
+
+
+def heard(host_id: str) -> None:
+    """Tell every registered kind that the host is heard."""
+    for kind in _kinds.values():
+        kind.on_heard(host_id)
 
 
 def before_destroy(devbox_id: str) -> bool:

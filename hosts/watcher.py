@@ -20,7 +20,7 @@ from typing import Any, Final
 from django.db import DatabaseError, connection
 
 from hostd import messages
-from hosts import reconcile
+from hosts import reconcile, registry
 from hosts.client import HostClient, HostRefused, HostUnreachable, client_for
 from hosts.delivery import deliver
 from hosts.policy import policy
@@ -201,6 +201,7 @@ class HostWatch:
                 self._heard_at = time.monotonic()
                 self._catch_up(watching)
                 self.compare()
+                registry.heard(self.host_id)
                 while self.holds():
                     events = watching.events(messages.HEARTBEAT_SECONDS)
                     if not events:

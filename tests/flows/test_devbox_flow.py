@@ -12,12 +12,14 @@ from devboxes import services
 from devboxes.devbox_flow import DevboxRow, devbox_flow
 from flows.engine import registered
 from flows.outcomes import Outcome
+from hosts import registry
 from hosts.client import HostRefused
 from tests.devbox_world import (
     claim,
     create,
     created_running,
     expire,
+    heard,
     lapse,
     logged,
     promised,
@@ -107,6 +109,77 @@ def test_a_late_boot_is_refused_after_the_teardown(caller: Caller, fake: FakeHos
     devbox_flow.advance(stale)
     assert len(fake.called("boot")) == 2
     assert fake.boxes == {} and row(devbox_id).step == "gone" and row(devbox_id).error_code is None
+
+
+def silent(host_id: str, seconds: float = 60) -> None:
+    """Nobody has heard the host for so long."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "UPDATE hosts_host SET seen_at = clock_timestamp() - make_interval(secs => %s) WHERE id = %s",
+            [seconds, host_id],
+        )
+
+
+def stuck_in_boot(caller: Caller, fake: FakeHost) -> str:
+    """A devbox whose host fell silent before it could be booted, and whose time for that is up."""
+    fake.hooks["prepare_disk"] = lambda **_: setattr(fake, "unreachable", True)
+    devbox_id = create(caller)
+    work()
+    assert (row(devbox_id).step, row(devbox_id).attempts) == ("boot", 1)
+    silent(fake.host_id)
+    expire(devbox_id)
+    work()
+    return devbox_id
+
+
+def test_the_silence_of_its_host_does_not_count(caller: Caller, fake: FakeHost) -> None:
+    devbox_id = stuck_in_boot(caller, fake)
+    devbox = row(devbox_id)
+    assert (devbox.step, devbox.status, devbox.failure_reason) == ("boot", "provisioning", None)
+    assert devbox.deadline_at is not None and devbox.wake_at is not None and devbox.deadline_at > devbox.wake_at
+    fake.unreachable = False
+    heard(fake.host_id)
+    sleep_over(devbox_id)
+    work()
+    assert row(devbox_id).status == "running"
+
+
+def test_a_host_that_is_declared_lost_fails_what_waits_for_it(caller: Caller, fake: FakeHost) -> None:
+    devbox_id = stuck_in_boot(caller, fake)
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE hosts_host SET lost_at = now() WHERE id = %s", [fake.host_id])
+    expire(devbox_id)
+    work()
+    devbox = row(devbox_id)
+    assert (devbox.status, devbox.failure_reason) == ("failure", "health_check_failed")
+    assert devbox.why == "its host was lost while it was in boot"
+
+
+def test_where_nobody_listens_to_hosts_the_wait_ends_all_the_same(caller: Caller, fake: FakeHost) -> None:
+    devbox_id = stuck_in_boot(caller, fake)
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE devboxes_devbox SET step_since = now() - interval '1020 s' WHERE id = %s", [devbox_id])
+    expire(devbox_id)
+    work()
+    assert row(devbox_id).status == "failure" and "not heard for too long" in row(devbox_id).why
+
+
+def test_a_host_that_is_heard_again_wakes_what_it_has_refused(caller: Caller, fake: FakeHost, other: FakeHost) -> None:
+    ending, running = created_running(caller), created_running(caller)
+    fake.unreachable = True
+    services.request_shutdown(ending)
+    for _ in range(6):
+        sleep_over(ending)
+        work()
+    wakes = row(ending).wakes, row(running).wakes
+    assert row(ending).attempts >= 6
+    registry.heard(other.host_id)
+    assert (row(ending).wakes, row(running).wakes) == wakes
+    fake.unreachable = False
+    registry.heard(fake.host_id)
+    assert (row(ending).wakes, row(running).wakes) == (wakes[0] + 1, wakes[1]), "what waits for nothing sleeps on"
+    work()
+    assert row(ending).step == "gone"
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the effect", "the answer is lost"])

@@ -38,6 +38,7 @@ class Owner:
         self.takes = True
         self.broken = 0
         self.is_over: set[str] = set()
+        self.heard: list[str] = []
 
     def on_exits(self, events):
         if self.broken:
@@ -53,7 +54,11 @@ class Owner:
     def kinds(self) -> dict[str, HostedKind]:
         return {
             "dbx": HostedKind(on_box_exits=self.on_box_exits, expected_on_host=lambda _: list(self.rows)),
-            "exe": HostedKind(on_exits=self.on_exits, over=lambda ids: {id: FENCE for id in ids if id in self.is_over}),
+            "exe": HostedKind(
+                on_exits=self.on_exits,
+                over=lambda ids: {id: FENCE for id in ids if id in self.is_over},
+                on_heard=self.heard.append,
+            ),
         }
 
 
@@ -230,6 +235,17 @@ def test_a_command_that_was_given_up_is_killed(fake, owner, watcher, monkeypatch
     assert [call["fence"] for call in fake.called("kill")] == [FENCE]
     time.sleep(0.5)
     assert fake.boxes[box].executions[other].state == "running"
+
+
+def test_owners_are_told_on_each_connect_that_a_host_is_heard(fake, owner, watcher):
+    fake.unreachable = True
+    watcher()
+    time.sleep(0.3)
+    assert owner.heard == []
+    fake.unreachable = False
+    eventually(lambda: owner.heard == [fake.host_id])
+    fake.watching[-1].close()
+    eventually(lambda: owner.heard == [fake.host_id] * 2)
 
 
 def test_silence_is_declared_after_we_tried_for_long_enough(fake, owner, watcher, settings):

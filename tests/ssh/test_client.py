@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import signal
 import struct
@@ -511,3 +512,43 @@ def test_a_silent_host_gets_single_trials_and_one_answer_is_enough():
     breaker.check(silent_for=90)
     with pytest.raises(Broken, match="silent"):
         breaker.check(silent_for=90)
+
+
+def test_a_host_that_the_watcher_hears_again_is_asked_at_once():
+    breaker = Breaker(Clock())
+    breaker.check(silent_for=60)
+    for _ in range(5):
+        breaker.failed("dead", 2)
+    with pytest.raises(Broken):
+        breaker.check(silent_for=61)
+    breaker.check(silent_for=0.5)
+    breaker.check(silent_for=1)
+    breaker.failed("dead", 4)
+    with pytest.raises(Broken):
+        breaker.check(silent_for=1)  # heard all the time, and yet it does not answer us
+
+
+def test_a_refused_call_reads_first_whether_the_host_is_heard_again():
+    quiet = [60.0, 60.0, 60.0, 0.5]
+    login = Where(None, "/nowhere", 0)
+    link = Link("hst_1", lambda host_id: dataclasses.replace(login, silent_for=quiet.pop(0)))
+    link.breaker.check(60)  # the trial, which is still on
+    with pytest.raises(HostUnreachable, match="silent"):
+        link.open(time.monotonic() + 1)
+    link._where_at -= links.WHERE_NEW_SECONDS
+    with pytest.raises(HostUnreachable, match="silent"):
+        link.open(time.monotonic() + 1)
+    link._where_at -= links.WHERE_NEW_SECONDS
+
+    class Dialled(Exception):
+        pass
+
+    def dial(*_):
+        raise Dialled
+
+    link._open = dial
+    with pytest.raises(HostUnreachable, match="silent"):
+        link.open(time.monotonic() + 1)
+    link._where_at -= links.WHERE_NEW_SECONDS
+    with pytest.raises(Dialled):
+        link.open(time.monotonic() + 1)
