@@ -125,7 +125,7 @@ def stuck_in_boot(caller: Caller, fake: FakeHost) -> str:
     fake.hooks["prepare_disk"] = lambda **_: setattr(fake, "unreachable", True)
     devbox_id = create(caller)
     work()
-    assert (row(devbox_id).step, row(devbox_id).attempts) == ("boot", 1)
+    assert row(devbox_id).step == "boot" and row(devbox_id).attempts
     silent(fake.host_id)
     expire(devbox_id)
     work()
