@@ -1,4 +1,4 @@
-"""``python -m tests.chaos [--seed N] [--seconds N] [--commands N]``: one run on a throwaway installation.
+"""``python -m tests.chaos [--seed N] [--seconds N] [--commands N] …``: one run on a throwaway installation.
 
 Exit status 0 when all was true, 1 for findings (their evidence is kept below build/chaos), 2 when there was no run.
 """
@@ -18,17 +18,22 @@ from tests.chaos import check, evidence, plan
 from tests.chaos.drive import Run
 from tests.chaos.site import Site
 
-BOXES = 5
 POOL_GB = 6
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> plan.Plan:
+    """Exits with status 2 for arguments that make no sense."""
+    usual = plan.Plan(0)
     parser = argparse.ArgumentParser(prog="make chaos", description="Everything is killed while much goes on.")
     parser.add_argument("--seed", type=int, default=None, help="of the plan; a random one by default")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long faults are made (60)")
-    parser.add_argument("--commands", type=int, default=100, help="commands at once (100)")
-    parser.add_argument("--boxes", type=int, default=BOXES, help=f"devboxes they run in ({BOXES})")
-    return parser.parse_args(argv)
+    parser.add_argument("--seconds", type=float, default=usual.seconds, help="how long faults are made (%(default)g)")
+    parser.add_argument("--commands", type=int, default=usual.commands, help="commands at once (%(default)s)")
+    parser.add_argument("--boxes", type=int, default=usual.boxes, help="devboxes they run in (%(default)s)")
+    parser.add_argument("--every", type=float, default=usual.every, help="seconds between faults (%(default)g)")
+    parser.add_argument("--only", action="append", default=[], choices=sorted(plan.KINDS), help="only such faults")
+    given = parser.parse_args(argv)
+    seed = random.SystemRandom().randrange(1, 1 << 31) if given.seed is None else given.seed
+    return plan.Plan(seed, given.seconds, given.commands, given.boxes, given.every, tuple(given.only))
 
 
 def summary(run: Run) -> str:
@@ -52,23 +57,20 @@ def summary(run: Run) -> str:
 
 
 def main() -> int:
-    given = parse()
-    seed = random.SystemRandom().randrange(1, 1 << 31) if given.seed is None else given.seed
-    name = f"seed {seed}, {given.seconds:g} s, {given.commands} commands in {given.boxes} devboxes"
-    print(f"chaos: {name}, plan {plan.digest(seed, given.seconds, given.commands, given.boxes)}", flush=True)
+    what = parse()
+    print(f"chaos: {what}, plan {plan.digest(what)}", flush=True)
     with throwaway(BERTH_POOL_GB=str(POOL_GB)) as target:
-        site = Site(target.up.state, target.base_url, target.key, target.up.said)
-        run = Run(site, seed, given.seconds, given.commands, given.boxes)
+        run = Run(Site(target.up.state, target.base_url, target.key, target.up.said), what)
         began = time.monotonic()
         asyncio.run(check.torment(run))
         print(f"\n{summary(run)}\ntook        {time.monotonic() - began:.0f} s")
         if run.findings:
-            folder = CHECKOUT / "build" / "chaos" / f"seed-{seed}"
+            folder = CHECKOUT / "build" / "chaos" / f"seed-{what.seed}"
             evidence.keep(run, folder)
-            print(f"\n{len(run.findings)} findings with {name}; evidence in {folder}:")
+            print(f"\n{len(run.findings)} findings with {what}; evidence in {folder}:")
             print("\n".join(run.findings))
             return 1
-    print(f"\nall true with {name}")
+    print(f"\nall true with {what}")
     return 0
 
 

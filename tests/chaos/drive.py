@@ -64,15 +64,12 @@ class Sample:
 class Run:
     """One run over one installation."""
 
-    def __init__(self, site: Site, seed: int, seconds: float, commands: int, boxes: int, quiet: bool = False) -> None:
-        self.site, self.seed, self.seconds, self.slots = site, seed, seconds, commands
-        self.quiet = quiet
-        self.faults = plan.faults(seed, seconds)
+    def __init__(self, site: Site, what: plan.Plan) -> None:
+        self.site, self.plan = site, what
         self.striker = Striker(site, self.say)
         self.began = self.striker.began
         self.findings: list[str] = []
         self.caller = Caller(site.base_url, site.key, self.find)
-        self.number_of_boxes = boxes
         self.boxes: list[str] = []
         self.every_box: set[str] = set()
         self.commands: list[Command] = []
@@ -87,9 +84,8 @@ class Run:
 
     def say(self, text: str) -> None:
         """A line of the timeline."""
-        if not self.quiet:
-            sys.stdout.write(f"[{self.now:7.2f} s] {text}\n")
-            sys.stdout.flush()
+        sys.stdout.write(f"[{self.now:7.2f} s] {text}\n")
+        sys.stdout.flush()
 
     def find(self, text: str) -> None:
         """Something that should not be."""
@@ -100,7 +96,7 @@ class Run:
 
     async def run(self) -> None:
         """All of it, until the last command has ended and the devboxes are asked to go."""
-        self.boxes = await together(*(self._create(f"steady-{n}") for n in range(self.number_of_boxes)))
+        self.boxes = await together(*(self._create(f"steady-{n}") for n in range(self.plan.boxes)))
         self.striker.began = self.began = time.monotonic()
         stop = asyncio.Event()
         probing = asyncio.create_task(self.caller.prober(stop))
@@ -108,7 +104,7 @@ class Run:
         try:
             await together(
                 self._strike_all(),
-                *(self._slot(number) for number in range(self.slots)),
+                *(self._slot(number) for number in range(self.plan.commands)),
                 *(self._churn(number) for number in range(2)),
             )
         finally:
@@ -120,15 +116,15 @@ class Run:
 
     @property
     def _over(self) -> bool:
-        return self.now >= self.seconds
+        return self.now >= self.plan.seconds
 
     def _until(self) -> float:
-        return self.began + self.seconds + SETTLE_SECONDS
+        return self.began + self.plan.seconds + SETTLE_SECONDS
 
     async def _strike_all(self) -> None:
         loop = asyncio.get_running_loop()
         striking: list[asyncio.Future[None]] = []
-        for fault in self.faults:
+        for fault in plan.faults(self.plan):
             await asyncio.sleep(max(0.0, fault.at - self.now))
             striking.append(loop.run_in_executor(None, self.striker.strike, fault))
         await together(*striking)
@@ -149,7 +145,7 @@ class Run:
         return str(view["id"])
 
     async def _slot(self, number: int) -> None:
-        jobs = plan.jobs(self.seed, number, len(self.boxes), self.seconds)
+        jobs = plan.jobs(self.plan, number)
         while not self._over:
             job = next(jobs)
             await self._command(job, self.boxes[job.box])
@@ -188,7 +184,7 @@ class Run:
         job, devbox = command.job, f"/v1/devboxes/{command.box}"
         body: dict[str, Any] = {"command": job.command}
         if job.how == "execute":
-            body |= {"command_id": f"{self.seed}-{job.name}", "optimistic_timeout": 3}
+            body |= {"command_id": f"{self.plan.seed}-{job.name}", "optimistic_timeout": 3}
             answer = await self.caller.call("POST", f"{devbox}/execute", body, hold=3)
         else:
             if job.ending == "echo":
@@ -227,7 +223,7 @@ class Run:
 
     async def _churn(self, number: int) -> None:
         """Devboxes come and go: some are used, some are ended with a command in them, some before they run."""
-        rng = random.Random(f"churn {self.seed} {number}")
+        rng = random.Random(f"churn {self.plan.seed} {number}")
         count = 0
         while not self._over:
             count += 1

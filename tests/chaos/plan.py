@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import random
 import shlex
 from collections.abc import Iterator
@@ -58,7 +59,6 @@ KINDS: dict[str, Kind] = {
 #: A keeper that dies while there is no zygote to bear its successor takes what runs with it, truthfully lost: not what
 #: this is about, so the two are kept this many seconds apart.
 ZYGOTE_APART = 5.0
-EVERY_SECONDS = 1.3
 QUIET_FIRST, QUIET_LAST = 2.0, 2.0
 
 
@@ -72,15 +72,36 @@ class Fault:
     lasts: float
 
 
-def faults(seed: int, seconds: float, kinds: frozenset[str] | None = None) -> list[Fault]:
-    """The faults of a run in order. `kinds`: only these (the times are then others)."""
-    rng = random.Random(f"faults {seed}")
-    names = [name for name in KINDS if kinds is None or name in kinds]
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """All that decides what a run does. `every`: seconds between two faults on average, before those are left out
+    that would come too soon after one of their group; `only`: the kinds of faults, all when empty."""
+
+    seed: int
+    seconds: float = 60.0
+    commands: int = 100
+    boxes: int = 5
+    every: float = 1.3
+    only: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        more = f", only {', '.join(self.only)}" if self.only else ""
+        return (
+            f"seed {self.seed}, {self.seconds:g} s, {self.commands} commands in {self.boxes} devboxes,"
+            f" a fault every {self.every:g} s{more}"
+        )
+
+
+def faults(plan: Plan) -> list[Fault]:
+    """The faults of a run in order."""
+    rng = random.Random(f"faults {plan.seed}")
+    names = [name for name in KINDS if not plan.only or name in plan.only]
+    seconds = plan.seconds
     weights = [KINDS[name].weight for name in names]
-    plan: list[Fault] = []
+    found: list[Fault] = []
     busy: dict[str, float] = {}
     at = QUIET_FIRST
-    while (at := at + rng.expovariate(1 / EVERY_SECONDS)) < seconds - QUIET_LAST:
+    while (at := at + rng.expovariate(1 / plan.every)) < seconds - QUIET_LAST:
         name = rng.choices(names, weights)[0]
         kind = KINDS[name]
         lasts = min(rng.uniform(*kind.lasts), max(0.0, seconds - at)) if kind.lasts[1] else 0.0
@@ -92,8 +113,8 @@ def faults(seed: int, seconds: float, kinds: frozenset[str] | None = None) -> li
             busy["keeper"] = max(busy.get("keeper", 0.0), at + ZYGOTE_APART)
         if kind.group == "keeper":
             busy["zygote"] = max(busy.get("zygote", 0.0), at + lasts + ZYGOTE_APART)
-        plan.append(Fault(round(at, 3), name, pick, round(lasts, 3)))
-    return plan
+        found.append(Fault(round(at, 3), name, pick, round(lasts, 3)))
+    return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -140,14 +161,14 @@ def _source() -> str:
 SIGNALS = (6, 9, 10, 11, 15)
 
 
-def jobs(seed: int, slot: int, boxes: int, seconds: float) -> Iterator[Job]:
+def jobs(plan: Plan, slot: int) -> Iterator[Job]:
     """What a slot runs, one after the other, without end. None takes much longer than a third of the run."""
-    rng = random.Random(f"slot {seed} {slot}")
-    longest = max(4.0, min(30.0, seconds / 3))
+    rng = random.Random(f"slot {plan.seed} {slot}")
+    longest = max(4.0, min(30.0, plan.seconds / 3))
     number = 0
     while True:
         number += 1
-        name, box = f"w{slot}.{number}", rng.randrange(boxes)
+        name, box = f"w{slot}.{number}", rng.randrange(plan.boxes)
         how = rng.choices(("follow", "poll", "sync", "execute"), (60, 24, 8, 8))[0]
         code = rng.choice((0, 0, 0, 1, 3, 42, 127, 255))
         every = rng.choice((0, 1, 2, 3, 10))
@@ -193,10 +214,9 @@ def jobs(seed: int, slot: int, boxes: int, seconds: float) -> Iterator[Job]:
         yield job
 
 
-def digest(seed: int, seconds: float, commands: int, boxes: int) -> str:
+def digest(plan: Plan) -> str:
     """Of the whole plan, so that two runs can be seen to have had the same."""
-    text = repr(faults(seed, seconds))
-    for slot in range(commands):
-        source = jobs(seed, slot, boxes, seconds)
-        text += repr([next(source) for _ in range(20)])
+    text = repr(faults(plan))
+    for slot in range(plan.commands):
+        text += repr(list(itertools.islice(jobs(plan, slot), 20)))
     return hashlib.sha256(text.encode()).hexdigest()[:12]

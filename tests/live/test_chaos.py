@@ -10,20 +10,21 @@ import pytest
 from config.state import CHECKOUT
 from tests.chaos import check, evidence
 from tests.chaos.drive import Run
+from tests.chaos.plan import Plan
 from tests.chaos.site import Site
 
 pytestmark = pytest.mark.live
 
-SEED, SECONDS, COMMANDS, BOXES = 16, 24.0, 40, 3
+PLAN = Plan(seed=16, seconds=24.0, commands=40, boxes=3)
 
 
 def test_everything_is_killed_at_random_and_nothing_is_lost(berth, caplog) -> None:
     caplog.set_level(logging.WARNING, "httpx")  # a line for each of thousands of requests
     before = len(berth.up.said())
     site = Site(berth.state, berth.base_url, berth.owner.secret, lambda: berth.up.said()[before:])
-    run = Run(site, SEED, SECONDS, COMMANDS, BOXES)
+    run = Run(site, PLAN)
     asyncio.run(check.torment(run))
     if run.findings:
         evidence.keep(run, CHECKOUT / "build" / "chaos" / "test")
-    assert not run.findings, f"seed {SEED}; evidence below build/chaos/test"
+    assert not run.findings, f"{PLAN}; evidence below build/chaos/test"
     assert len(run.striker.done) > 10

@@ -46,13 +46,13 @@ def found(command: Command, *blows: float) -> list[str]:
 
 
 def test_the_same_seed_gives_the_same_plan() -> None:
-    assert plan.digest(7, 60, 10, 3) == plan.digest(7, 60, 10, 3) != plan.digest(8, 60, 10, 3)
-    assert plan.faults(7, 60) == plan.faults(7, 60)
+    assert plan.digest(plan.Plan(7)) == plan.digest(plan.Plan(7)) != plan.digest(plan.Plan(8))
+    assert {fault.kind for fault in plan.faults(plan.Plan(7, only=("kill web",)))} == {"kill web"}
 
 
 def test_long_plans_have_every_kind_of_fault_and_every_ending() -> None:
-    assert {fault.kind for fault in plan.faults(1, 2000)} == plan.KINDS.keys()
-    jobs = [job for slot in range(30) for job in itertools.islice(plan.jobs(1, slot, 3, 60), 10)]
+    assert {fault.kind for fault in plan.faults(plan.Plan(1, 2000))} == plan.KINDS.keys()
+    jobs = [job for slot in range(30) for job in itertools.islice(plan.jobs(plan.Plan(1), slot), 10)]
     assert {job.ending for job in jobs} == {"exit", "signal", "child", "stay", "echo"}
     assert {job.how for job in jobs} == {"follow", "poll", "sync", "execute"}
     assert any(job.binary for job in jobs) and any(len(job.output("stdout")) > 1 << 20 for job in jobs)
