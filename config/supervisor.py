@@ -32,7 +32,7 @@ from config.state import Owner, State
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
-#: Back-off between restarts of a service that ended by itself, in seconds; forgotten after ``_STEADY`` seconds of life.
+#: Back-off between starts of a service that ended by itself, in seconds; forgotten after ``_STEADY`` seconds of life.
 _FIRST_BACK_OFF, _LONGEST_BACK_OFF, _STEADY = 0.25, 5.0, 15.0
 
 #: A log file is copied to ``NAME.log.1`` and emptied when it is longer than this many bytes; looked at every minute.
@@ -263,9 +263,12 @@ class Supervisor:
             if code is None:
                 continue
             _end_session(running.process.pid)
-            if now - running.started > _STEADY:
+            lived = now - running.started
+            if lived > _STEADY:
                 running.failures = 0
-            delay = min(_LONGEST_BACK_OFF, _FIRST_BACK_OFF * 2**running.failures)
+            # The pause is between two starts: what has worked for longer than that is needed back at once.
+            apart = min(_LONGEST_BACK_OFF, _FIRST_BACK_OFF * 2**running.failures)
+            delay = max(_FIRST_BACK_OFF, apart - lived)
             running.failures += 1
             running.again_at = now + delay
             name = running.service.name

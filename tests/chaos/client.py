@@ -184,7 +184,7 @@ class Caller:
             raise Broken(offset) from error
         return offset, True
 
-    async def prober(self, stop: asyncio.Event) -> list[float]:
+    async def prober(self, stop: asyncio.Event, say: Callable[[str], None]) -> list[float]:
         """Ask something small again and again; the outages, in seconds."""
         outages: list[float] = []
         since: float | None = None
@@ -199,6 +199,7 @@ class Caller:
             now = time.monotonic()
             if good and since is not None:
                 outages.append(now - since)
+                say(f"the API answers again after {now - since:.1f} s")
             since = None if good else since or now
             await asyncio.sleep(0.2)
         if since is not None:

@@ -99,7 +99,7 @@ class Run:
         self.boxes = await together(*(self._create(f"steady-{n}") for n in range(self.plan.boxes)))
         self.striker.began = self.began = time.monotonic()
         stop = asyncio.Event()
-        probing = asyncio.create_task(self.caller.prober(stop))
+        probing = asyncio.create_task(self.caller.prober(stop, self.say))
         weighing = asyncio.create_task(self._watch_memory(stop))
         try:
             await together(

@@ -93,6 +93,17 @@ def test_what_ended_is_started_again_with_growing_delays(supervisor: Supervisor,
     assert time.monotonic() - began > 0.45  # the second restart waits twice the first one's quarter of a second
 
 
+def test_what_worked_for_longer_than_its_pause_is_started_again_at_once(supervisor: Supervisor) -> None:
+    supervisor.start([shell("mortal", "sleep 60")])
+    (running,) = supervisor._running
+    running.failures, running.started = 4, time.monotonic() - 6.0  # its next start may be 4 s after this one
+    os.kill(running.process.pid, signal.SIGKILL)
+    running.process.wait(5)
+    supervisor._look()
+    assert running.again_at is not None and running.again_at - time.monotonic() < 0.3
+    assert running.failures == 5
+
+
 def test_stop_goes_backwards_and_forces_who_does_not_listen(supervisor: Supervisor, tmp_path: Path) -> None:
     order = tmp_path / "order"
     for name in ("first", "second"):
