@@ -112,26 +112,28 @@ Key       {key}          (kept in {state.api_key_file})
 Admin     {url}/admin/   (user and password in {state.admin_file})
 Logs      {state.logs}
 
-Python    pip install runloop_api_client
-          python - <<'END'
-          from runloop_api_client import Runloop
-          client = Runloop(base_url="{url}", bearer_token="{key}")
-          box = client.devboxes.create_and_await_running(name="mine")
-          print(client.devboxes.execute_sync(box.id, command="uname -a").stdout)
-          client.devboxes.shutdown(box.id)
-          END
+# Python: paste from here
+python3.11 -m venv ~/berth-sdk && ~/berth-sdk/bin/pip install --quiet runloop_api_client
+~/berth-sdk/bin/python - <<'END'
+from runloop_api_client import Runloop
+client = Runloop(base_url="{url}", bearer_token="{key}")
+box = client.devboxes.create_and_await_running(name="mine")
+print(client.devboxes.execute_sync(box.id, command="uname -a").stdout)
+client.devboxes.shutdown(box.id)
+END
 
-TypeScript  npm install @runloop/api-client
-          node --input-type=module - <<'END'
-          import {{ Runloop }} from '@runloop/api-client';
-          const client = new Runloop({{ baseURL: '{url}', bearerToken: '{key}' }});
-          const box = await client.devboxes.createAndAwaitRunning({{ name: 'mine' }});
-          console.log((await client.devboxes.executeSync(box.id, {{ command: 'uname -a' }})).stdout);
-          await client.devboxes.shutdown(box.id);
-          END
+# TypeScript, with Node.js 18 or newer
+mkdir -p ~/berth-ts && cd ~/berth-ts && npm install --silent @runloop/api-client && cat >first.mjs <<'END' && node first.mjs
+import {{ Runloop }} from '@runloop/api-client';
+const client = new Runloop({{ baseURL: '{url}', bearerToken: '{key}' }});
+const box = await client.devboxes.createAndAwaitRunning({{ name: 'mine' }});
+console.log((await client.devboxes.executeSync(box.id, {{ command: 'uname -a' }})).stdout);
+await client.devboxes.shutdown(box.id);
+END
 
-curl      curl {url}/v1/devboxes -H 'Authorization: Bearer {key}' \\
-               -H 'Content-Type: application/json' -d '{{"name": "mine"}}'
+# curl
+curl {url}/v1/devboxes -H 'Authorization: Bearer {key}' \\
+     -H 'Content-Type: application/json' -d '{{"name": "mine"}}'
 
 Ctrl-C ends this machine's devboxes and stops everything; data stays.
 """
