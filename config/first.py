@@ -123,7 +123,8 @@ client.devboxes.shutdown(box.id)
 END
 
 # TypeScript, with Node.js 18 or newer
-mkdir -p ~/berth-ts && cd ~/berth-ts && npm install --silent @runloop/api-client && cat >first.mjs <<'END' && node first.mjs
+mkdir -p ~/berth-ts && cd ~/berth-ts && npm install --silent @runloop/api-client
+node --input-type=module - <<'END'
 import {{ Runloop }} from '@runloop/api-client';
 const client = new Runloop({{ baseURL: '{url}', bearerToken: '{key}' }});
 const box = await client.devboxes.createAndAwaitRunning({{ name: 'mine' }});

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from config.seclusion import View, become
 from config.state import Owner, State
 
 _PR_SET_PDEATHSIG = 1
@@ -69,6 +70,8 @@ class Service:
     ready_within: float = 30.0
     stop_signal: signal.Signals = signal.SIGTERM
     stop_within: float = 15.0
+    #: What the user sees of closed folders; None: what everybody sees.
+    view: View | None = None
 
 
 @dataclass
@@ -102,12 +105,18 @@ def _launch(
     stdout: int,
     stderr: int,
     dies_with: signal.Signals,
+    view: View | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a child that gets ``dies_with`` when this process goes, with its open-file limit as high as it may be."""
     parent = os.getpid()
 
     def setup() -> None:
-        # Runs between fork and exec, after the user was changed (changing the user clears the death signal).
+        if view:
+            view.enter()
+            os.chdir(cwd)  # the folder as the view has it
+        if user:
+            become(user)
+        # Only now: changing the user clears it.
         _LIBC.prctl(_PR_SET_PDEATHSIG, int(dies_with), 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
@@ -121,9 +130,6 @@ def _launch(
         stderr=stderr,
         cwd=cwd,
         env=dict(env),
-        user=user.uid if user else None,
-        group=user.gid if user else None,
-        extra_groups=[] if user else None,
         start_new_session=True,  # a Ctrl-C on the terminal is for the supervisor, which stops them in order
         preexec_fn=setup,
     )
@@ -186,6 +192,7 @@ class Supervisor:
                     log.fileno(),
                     log.fileno(),
                     service.stop_signal,
+                    service.view,
                 )
             except (OSError, subprocess.SubprocessError) as error:
                 raise StepFailed(service.name, f"could not be started: {error}", path) from error

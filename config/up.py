@@ -28,12 +28,12 @@ from typing import Any
 from cryptography.fernet import Fernet
 
 from config import first, packages, roles, servers
+from config.seclusion import View, view_for
 from config.state import (
     CHECKOUT,
     Owner,
     State,
     StateError,
-    can_run,
     free_port,
     port_is_free,
     process_environment,
@@ -71,6 +71,7 @@ class Installation:
         self.supervisor = Supervisor(state, say)
         self.env: dict[str, str] = {}
         self.roles_user: Owner | None = None
+        self.roles_view: View | None = None
         self._hosts_may_run = False
         self._port: socket.socket | None = None
 
@@ -81,7 +82,8 @@ class Installation:
         end_leftovers(self.state, self.say)
         packages.ensure(self.state, self.say)
         user = self.state.ensure_user()
-        self.roles_user = user if _can_serve_as(user) else None
+        self.roles_view = view_for(user)
+        self.roles_user = user if self.roles_view is not None else None
         self.env = settings(self.state, self.given)
         self._port = reserve(self.env["BERTH_BIND"], self.roles_user)
         prepared = servers.plan(self.state, self.given)
@@ -89,7 +91,7 @@ class Installation:
         self.state.record(given=sorted(name for name in self.given if name in prepared.env))
         self.state.write_env(self.env, user)
         if self.roles_user is None:
-            self.say(f"roles        run as root: {user.name} cannot reach {sys.executable} or {CHECKOUT}")
+            self.say(f"roles        run as root: {user.name} may not read {CHECKOUT} or {sys.executable}")
         self.supervisor.start(prepared.services)
         servers.finish(self.state, prepared)
         facts = self.prepare("database", *self._known_secrets(), within=120.0)
@@ -129,6 +131,7 @@ class Installation:
                 where=self.base_url if name == "web" else "",
                 env=env,
                 user=self.roles_user,
+                view=self.roles_view,
                 cwd=CHECKOUT,
                 ready_within=60.0,
                 stop_within=20.0,
@@ -220,11 +223,6 @@ def stop_host(state: State, say: Progress) -> bool:
 
 def _alive() -> None:
     """Roles without a port are ready when they run; the first devbox shows that they work."""
-
-
-def _can_serve_as(user: Owner) -> bool:
-    """A checkout or an interpreter below a closed folder (``/root``) cannot be used by anybody else."""
-    return can_run(Path(sys.executable), user) and can_run(CHECKOUT, user)
 
 
 def settings(state: State, given: Mapping[str, str]) -> dict[str, str]:
