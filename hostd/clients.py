@@ -20,7 +20,8 @@ from hostd import log_verbs, packets, polling, requests
 from hostd.execution import Execution
 from hostd.executions import Executions
 from hostd.requests import Refused
-from hostd.streams import Stream
+from hostd.streams import Stream, last_lines
+from hostd.transfers import Transfers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ IDLE_S = 600.0
 """For a connection without a request."""
 STALL_S = 600.0
 """For a client that takes none of the bytes it asked for."""
-LAST_LINES_BLOCK = 64 << 10
 
 
 class FileRange:
@@ -64,8 +64,10 @@ class Follow:
 class Clients:
     """All connections of a keeper."""
 
-    def __init__(self, poller: polling.Poller, executions: Executions, box: Callable[[], str | None]) -> None:
-        self.poller, self.executions, self.box = poller, executions, box
+    def __init__(
+        self, poller: polling.Poller, executions: Executions, transfers: Transfers, box: Callable[[], str | None]
+    ) -> None:
+        self.poller, self.executions, self.transfers, self.box = poller, executions, transfers, box
         self.all: set[Client] = set()
         self.body_bytes = 0
 
@@ -105,6 +107,7 @@ class Client:
         "_events",
         "_file",
         "_follow",
+        "_gone",
         "_hung_up",
         "_out",
         "_request",
@@ -127,6 +130,7 @@ class Client:
         self._follow: Follow | None = None
         self._closing: Callable[[], None] | None = None
         self._hung_up = False  # it will send nothing more
+        self._gone: Callable[[], None] | None = None  # called when a connection that was given away ends
         self._timer: polling.Timer | None = None
         self._events = polling.READ
         self.moved_at = time.monotonic()
@@ -156,6 +160,23 @@ class Client:
         self._sock.close()
         self._clients.all.discard(self)
         self._out = []
+        if self._gone is not None:
+            gone, self._gone = self._gone, None
+            gone()
+
+    def give(self, gone: Callable[[], None]) -> tuple[int, bytes]:
+        """Give the connection to another process: return a descriptor for it and what was read of it already.
+
+        From now on it is only watched: `gone` is called when the client has left, or `close` was called.
+        """
+        self._gone = gone
+        rest, self._buffer = bytes(self._buffer), bytearray()
+        return os.dup(self._descriptor), rest
+
+    def take_back(self, refusal: Refused) -> None:
+        """The other process never came to be: answer in its place, and hang up."""
+        self._gone = None
+        self._refuse(refusal)
 
     # --- in
 
@@ -344,7 +365,8 @@ class Client:
     def _watch(self, *, more: bool = False) -> None:
         """Listen only for what can be dealt with: no new request while one is busy, no end of file twice."""
         events = 0
-        if not self._hung_up and (len(self._buffer) < max(self._body, requests.LINE_BYTES) or self._state == "body"):
+        ours = not self._hung_up and self._gone is None
+        if ours and (len(self._buffer) < max(self._body, requests.LINE_BYTES) or self._state == "body"):
             events |= polling.READ
         if self._out or more:
             events |= polling.WRITE
@@ -411,6 +433,10 @@ class Client:
         if self._follow is not None:
             self._follow.stream.watchers.remove(self._pump)
             self._follow = None
+
+    def move_file(self, request: dict[str, Any]) -> None:
+        """Let a process in the box answer this request; see transfers.py."""
+        self._clients.transfers.start(self, request)
 
     def hold(self, seconds: float, call: Callable[[], None]) -> None:
         """Make one call later, unless the connection ends before."""
@@ -544,31 +570,8 @@ def _list(client: Client, executions: Executions, request: dict[str, Any], body:
     client.answer({"ok": True, "executions": listed})
 
 
-def last_lines(stream: Stream, count: int, limit: int) -> int:
-    """Return the offset of the last `count` lines, at most `limit` bytes before the end."""
-    floor = max(0, stream.size - limit)
-    if stream.hole:
-        floor = max(floor, stream.hole[1])
-    descriptor = stream.open_for_reading()
-    if descriptor < 0:
-        return stream.size
-    try:
-        end = stream.size
-        wanted = count + (end > 0 and os.pread(descriptor, 1, end - 1) == b"\n")
-        while end > floor:
-            start = max(floor, end - LAST_LINES_BLOCK)
-            block = os.pread(descriptor, end - start, start)
-            found = block.count(b"\n")
-            if found >= wanted:
-                place = len(block)
-                for _ in range(wanted):
-                    place = block.rfind(b"\n", 0, place)
-                return start + place + 1
-            wanted -= found
-            end = start
-        return floor
-    finally:
-        os.close(descriptor)
+def _file(client: Client, executions: Executions, request: dict[str, Any], body: bytes) -> None:
+    client.move_file(request)
 
 
 VERBS: dict[str, Callable[[Client, Executions, dict[str, Any], bytes], None]] = {
@@ -584,6 +587,7 @@ VERBS: dict[str, Callable[[Client, Executions, dict[str, Any], bytes], None]] = 
     "index": log_verbs.index,
     "sizes": log_verbs.sizes,
     "changes": log_verbs.changes,
+    "file": _file,
 }
 BODY_LIMITS = {"spawn": requests.SPAWN_BODY_BYTES, "stdin": requests.STDIN_BYTES}
 

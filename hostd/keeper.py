@@ -26,6 +26,7 @@ from hostd.memory import Memory
 from hostd.procs import signals
 from hostd.spawner import Shell
 from hostd.spawner_link import SpawnerLink
+from hostd.transfers import Transfers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class Keeper:
             self._park,
             self._announce,
         )
-        self.clients = Clients(self.poller, self.executions, self.box)
+        self.clients = Clients(self.poller, self.executions, Transfers(self.poller, self.spawner), self.box)
         self._kills_before = self._memory.kills()
         self.poller.on(given.link.fileno(), lambda _: self._on_zygote())
         self.executions.recover(given.parked, given.exits, given.orphans, given.proof)

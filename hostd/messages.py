@@ -62,7 +62,7 @@ HOST_VERBS: Final = frozenset(
     {"hello", "report", "prepare_disk", "boot", "destroy", "watch", "set_warm", "ship", "restart"}
 )
 BOX_VERBS: Final = frozenset(
-    {"spawn", "state", "kill", "ack", "forget", "follow", "read", "stdin", "list", "index", "sizes", "changes"}
+    {"spawn", "state", "kill", "ack", "forget", "follow", "read", "stdin", "list", "index", "sizes", "changes", "file"}
 )
 VERBS: Final = HOST_VERBS | BOX_VERBS
 
@@ -80,6 +80,13 @@ ErrorCode = Literal[
     "no_slot",  # all box numbers of the host are taken
     "lost",  # it cannot be proven what became of the request's effect
     "internal",
+    # What a file in a box can have against being read or written:
+    "no_such_file",
+    "not_a_file",  # a directory, a FIFO, a device
+    "bad_path",
+    "denied",  # to the box's user
+    "not_text",
+    "box_io",
 ]
 ERROR_CODES: Final[frozenset[str]] = frozenset(ErrorCode.__args__)  # type: ignore[attr-defined]
 RETRYABLE: Final = frozenset({"busy", "not_ready"})

@@ -132,6 +132,12 @@ def clone_sibling_with_pidfd() -> tuple[int, int]:
     return (pid, struct.unpack("i", _pidfd_cell.raw)[0]) if pid else (0, -1)
 
 
+def clone_child_with_pidfd() -> tuple[int, int]:
+    """Fork a child of our own, with its pidfd (close-on-exec): (pid, pidfd); (0, -1) in the child."""
+    pid = _clone(CLONE_PIDFD | SIGCHLD, _pidfd_cell)
+    return (pid, struct.unpack("i", _pidfd_cell.raw)[0]) if pid else (0, -1)
+
+
 def _clone(flags: int, pidfd: ctypes.Array[ctypes.c_char] | None) -> int:
     # flags, stack, parent_tid (where the pidfd goes), child_tid, tls: the last two stand the other way round on arm,
     # and are not used.

@@ -30,6 +30,8 @@ CAP_MIN, CAP_MAX = 64 << 10, 1 << 40
 """Bounds of the bytes kept of one stream."""
 IDS = 1000
 """Ids in one `ack` or `forget`."""
+PATH64_BYTES = 5600
+"""A path of 4,096 bytes as base64."""
 OUR_UID = 65533
 """The spawner's uid: nothing else runs as it."""
 
@@ -159,15 +161,7 @@ def command(body: dict[str, Any]) -> Command:
             raise bad(f"unknown field {name!r}")
     if body.get("limits"):
         raise bad("limits of a single command are not supported")
-    user = body.get("user")
-    if not isinstance(user, dict):
-        raise bad("user must be an object of name, uid, gid and home")
-    name = _string(user.get("name"), "user.name", 64)
-    uid = whole(user, "uid", 0, 65534)
-    gid = whole(user, "gid", 0, 65534)
-    home = _absolute(user.get("home"), "user.home")
-    if OUR_UID in (uid, gid):
-        raise bad(f"id {OUR_UID} is reserved")
+    who, home = user(body)
     given = _given(body)
     stdin = body.get("stdin", "none")
     if stdin not in ("none", "pipe"):
@@ -179,15 +173,27 @@ def command(body: dict[str, Any]) -> Command:
     cwd = body.get("cwd")
     message = {
         "argv": _argv(body),
-        "env": _environment(body, name, home),
+        "env": _environment(body, who["name"], home),
         "cwd": home if cwd is None else _absolute(cwd, "cwd"),
         "cwd_required": cwd is not None,
-        "name": name,
-        "uid": uid,
-        "gid": gid,
+        **who,
         "stdin": stdin,
     }
     return Command(message, given)
+
+
+def user(body: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the `user` field as the spawner wants it (name, uid, gid), and the home directory."""
+    value = body.get("user")
+    if not isinstance(value, dict):
+        raise bad("user must be an object of name, uid, gid and home")
+    name = _string(value.get("name"), "user.name", 64)
+    uid = whole(value, "uid", 0, 65534)
+    gid = whole(value, "gid", 0, 65534)
+    home = _absolute(value.get("home"), "user.home")
+    if OUR_UID in (uid, gid):
+        raise bad(f"id {OUR_UID} is reserved")
+    return {"name": name, "uid": uid, "gid": gid}, home
 
 
 def _absolute(value: object, name: str) -> str:
@@ -242,6 +248,26 @@ def _environment(body: dict[str, Any], name: str, home: str) -> dict[str, str]:
     if size > ENVIRONMENT_BYTES:
         raise Refused("too_large", f"the environment has {size} bytes, the limit is {ENVIRONMENT_BYTES}")
     return environment
+
+
+def file_task(request: dict[str, Any]) -> dict[str, Any]:
+    """Check a `file` request and return the task that files.py carries out; raise Refused bad_request."""
+    _, home = user(request)
+    op = request.get("op")
+    if op not in ("read", "write"):
+        raise bad("op must be read or write")
+    path = request.get("path64")
+    if path is None and op == "read":
+        raise bad("path64 is missing")
+    if path is not None and (not isinstance(path, str) or len(path) > PATH64_BYTES):
+        raise bad(f"path64 must be at most {PATH64_BYTES} characters of base64")
+    task: dict[str, Any] = {"op": op, "home": home, "path64": path}
+    if op == "read":
+        task["offset"] = whole(request, "offset", -(1 << 62), 1 << 62, default=0)
+        for name in ("length", "limit"):
+            task[name] = None if request.get(name) is None else whole(request, name, 0, 1 << 62)
+        task["text"] = flag(request, "text", False)
+    return task
 
 
 def _given(body: dict[str, Any]) -> bytes | None:

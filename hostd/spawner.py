@@ -20,13 +20,15 @@ It is started by the keeper's uid, which owns the box's user namespace, and so n
 from __future__ import annotations
 
 import _socket
+import binascii
 import errno
 import os
 import stat
 import sys
 import time
 
-from hostd import packets, procs
+from hostd import files, packets, procs
+from hostd.procs import signals
 from hostd.requests import OUR_UID
 
 TYPE_CHECKING = False
@@ -138,6 +140,7 @@ def _settle(descriptor: int, shell: Shell) -> None:
     os.umask(0o022)
     os.chdir("/")
     procs.default_signals()  # Python ignores SIGPIPE and SIGXFSZ
+    signals.signal(signals.SIGCHLD, signals.SIG_IGN)  # our own children, who move files, leave no zombies
 
 
 def serve(sock: _socket.socket) -> None:
@@ -147,6 +150,7 @@ def serve(sock: _socket.socket) -> None:
     `given`; a long one is {"long": true} + a memfd of it first. Answer: {"n", "ends": [roles]} + pidfd and the ends of
     the pipes, or {"n", "failed": text}: nothing was started. A child that cannot exec says {"exec_failed": n, "detail"}
     itself.
+    Request: {"n", "file": task, rest64, name, uid, gid} + the client's connection: see files.py. Answer: a pidfd.
     """
     packets.send(sock, {"up": True})
     while True:
@@ -156,7 +160,41 @@ def serve(sock: _socket.socket) -> None:
         if request.get("long"):
             request = packets.loads(os.pread(descriptors[0], REQUEST_BYTES, 0))
             os.close(descriptors.pop(0))
-        _start(sock, request, descriptors)
+        if "file" in request:
+            _start_file(sock, request, descriptors)
+        else:
+            _start(sock, request, descriptors)
+
+
+def _start_file(sock: _socket.socket, request: dict[str, Any], given: list[int]) -> None:
+    """Fork a process that moves a file. It is our child, not the keeper's: losing a keeper is nothing to it."""
+    try:
+        (connection,) = given
+        pid, pidfd = procs.clone_child_with_pidfd()
+        if pid == 0:
+            _move_file(request, connection)
+        packets.close_all(given)
+        given = []
+        try:
+            packets.send(sock, {"n": request["n"], "ends": ["pidfd"]}, [pidfd])
+        finally:
+            os.close(pidfd)
+    except OSError as error:
+        packets.send(sock, {"n": request["n"], "failed": error.strerror or str(error)})
+    finally:
+        packets.close_all(given)
+
+
+def _move_file(request: dict[str, Any], connection: int) -> NoReturn:
+    try:
+        os.close(SOCKET)
+        signals.signal(signals.SIGPIPE, signals.SIG_IGN)
+        _take_ids(request)
+        if request["uid"] != 0:
+            procs.set_capabilities(0, 0)  # no exec will take them away
+        files.work(request["file"], connection, binascii.a2b_base64(request["rest64"]))
+    finally:
+        os._exit(1)
 
 
 def _start(sock: _socket.socket, request: dict[str, Any], given: list[int]) -> None:
@@ -209,11 +247,8 @@ def _become(sock: _socket.socket, request: dict[str, Any], stdin: int, stdout: i
     """In the child: become the user's command. Never returns."""
     what, code = request["argv"][0], 126
     try:
-        uid, gid = request["uid"], request["gid"]
-        os.setsid()
-        os.setgroups(_groups(request["name"], gid))
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
+        signals.signal(signals.SIGCHLD, signals.SIG_DFL)
+        _take_ids(request)
         os.dup2(stdin, 0)
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
@@ -229,6 +264,14 @@ def _become(sock: _socket.socket, request: dict[str, Any], stdin: int, stdout: i
         _fail(sock, request["n"], what, f"{type(error).__name__}: {error}")
     finally:
         os._exit(code)
+
+
+def _take_ids(request: dict[str, Any]) -> None:
+    uid, gid = request["uid"], request["gid"]
+    os.setsid()
+    os.setgroups(_groups(request["name"], gid))
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
 
 
 def _fail(sock: _socket.socket, number: int, what: str, why: str) -> None:

@@ -40,11 +40,23 @@ ROLES = frozenset(("pidfd", "1", "2", "stdin"))
 class Order:
     """One command to be started. Exactly one of started, failed and lost is called, once."""
 
-    __slots__ = ("before", "descriptor", "exec_failed", "failed", "lost", "message", "number", "since", "started")
+    __slots__ = (
+        "before",
+        "descriptor",
+        "exec_failed",
+        "failed",
+        "lost",
+        "message",
+        "number",
+        "repeatable",
+        "since",
+        "started",
+    )
 
     def __init__(self, message: dict[str, Any], descriptor: int | None) -> None:
         self.message, self.descriptor = message, descriptor
         self.number = 0
+        self.repeatable = True  # may be asked again of another spawner when it provably never ran
         self.since = time.monotonic()
         self.before: Callable[[], None]  # just before it is asked for the first time; may raise Refused
         self.started: Callable[[int, dict[str, int]], None]
@@ -298,7 +310,10 @@ class SpawnerLink:
         for order in unanswered[: len(strangers)]:
             order.close()
             order.lost("its spawner was killed while it was being started")
-        self._queue[:0] = unanswered[len(strangers) :]
+        for order in (order for order in unanswered[len(strangers) :] if not order.repeatable):
+            order.close()
+            order.lost("its spawner was killed")
+        self._queue[:0] = [order for order in unanswered[len(strangers) :] if order.repeatable]
         self._tries += 1
         if self._tries > len(BACK_OFF_S) or self.stopped:
             expired = self._queue if self.stopped else [o for o in self._queue if _age(o) > GIVE_UP_S]

@@ -33,6 +33,7 @@ LATE_BYTES = 1 << 20
 PUNCH_BYTES = 16 << 20
 """The middle is freed in pieces of this size: a hole costs the file system some milliseconds."""
 FULL_RETRY_S = 1.0
+LAST_LINES_BLOCK = 64 << 10
 PAUSE_S = 0.05
 PAUSE_BYTES = 65536
 
@@ -354,3 +355,30 @@ class Stream:
 def is_pipe(descriptor: int) -> bool:
     """Is this one end of a pipe? What a spawner hands out is not believed."""
     return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+
+
+def last_lines(stream: Stream, count: int, limit: int) -> int:
+    """Return the offset of the last `count` lines, at most `limit` bytes before the end."""
+    floor = max(0, stream.size - limit)
+    if stream.hole:
+        floor = max(floor, stream.hole[1])
+    descriptor = stream.open_for_reading()
+    if descriptor < 0:
+        return stream.size
+    try:
+        end = stream.size
+        wanted = count + (end > 0 and os.pread(descriptor, 1, end - 1) == b"\n")
+        while end > floor:
+            start = max(floor, end - LAST_LINES_BLOCK)
+            block = os.pread(descriptor, end - start, start)
+            found = block.count(b"\n")
+            if found >= wanted:
+                place = len(block)
+                for _ in range(wanted):
+                    place = block.rfind(b"\n", 0, place)
+                return start + place + 1
+            wanted -= found
+            end = start
+        return floor
+    finally:
+        os.close(descriptor)
