@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
+from typing import Protocol
 
 from django.conf import settings
 
@@ -37,10 +38,18 @@ def limits(account_id: str) -> Limits:
 _open: collections.Counter[str] = collections.Counter()
 
 
+class Source(Protocol):
+    """Where the bytes of an answer come from: an asynchronous generator, or what can be read and closed like one."""
+
+    def __anext__(self) -> Awaitable[bytes]: ...
+
+    def aclose(self) -> Awaitable[None]: ...
+
+
 class CountedStream:
     """The body of one streaming answer, which counts against its account's open streams until it is closed."""
 
-    def __init__(self, account_id: str, cap: int, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, account_id: str, cap: int, events: Source) -> None:
         """Raises TooManyRequests at the cap, which is per server process."""
         if _open[account_id] >= cap:
             raise TooManyRequests(f"this account has {cap} streams open, as many as it may; close one", retry_after=5)
@@ -52,7 +61,7 @@ class CountedStream:
         return self
 
     async def __anext__(self) -> bytes:
-        return await anext(self._events)
+        return await self._events.__anext__()
 
     async def aclose(self) -> None:
         """End the stream and give the place back. Safe to call twice."""

@@ -123,7 +123,7 @@ DATABASES = {"default": _database(DATABASE_URL)}
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 SILENCED_SYSTEM_CHECKS: list[str] = []
 
-APPS = ["api", "accounts", "flows", "hosts", "storage", "devboxes", "executions", "pty", "snapshots"]
+APPS = ["api", "accounts", "flows", "hosts", "storage", "devboxes", "executions", "files", "pty", "snapshots"]
 APPS = [app for app in APPS if (PROJECT / app / "__init__.py").exists()]
 
 INSTALLED_APPS = [

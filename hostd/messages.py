@@ -440,6 +440,17 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
     "index": {"box": (is_box_id, True), "id": (is_work_id, True), "late": (_flag, False)},
     "sizes": {"box": (is_box_id, True)},
     "changes": {"box": (is_box_id, True)},
+    # One file of the box, by its user: the answers are told in hostd/files.py.
+    "file": {
+        "box": (is_box_id, True),
+        "op": (_one_of("read", "write"), True),
+        "user": (lambda value: isinstance(value, dict), True),
+        "path64": (_matches(re.compile(r"[A-Za-z0-9+/]{0,5600}={0,2}")), False),
+        "offset": (_whole(-(2**62), 2**62), False),
+        "length": (_size, False),
+        "limit": (_size, False),
+        "text": (_flag, False),
+    },
 }
 
 

@@ -32,9 +32,11 @@ from hostd.messages import (
     StateReply,
     StdinReply,
     Stream,
+    User,
 )
 from hosts import conversation, ssh
 from hosts.errors import HostError, HostRefused, HostUnreachable, StaleFence
+from hosts.files import FileRead, FileWrite, path64
 from hosts.links import Link, link_for
 from hosts.streams import ASK_SECONDS, AsyncFollowing, Following, Watching, begin
 
@@ -448,10 +450,35 @@ class AsyncHostClient:
         """See `HostClient.list`."""
         return cast(ListReply, await self._ask("list", box=box))
 
+    def read_file(
+        self,
+        *,
+        box: str,
+        user: User,
+        path: bytes,
+        offset: int = 0,
+        length: int | None = None,
+        limit: int | None = None,
+        text: bool = False,
+    ) -> FileRead:
+        """A file of the box, from `offset` (from the end when negative). More than `limit` bytes: too_large; with
+        `text`, what is not UTF-8: not_text. Nothing is sent before it is entered."""
+        fields = {"offset": offset, "length": length, "limit": limit, "text": text}
+        return FileRead(self._link, _file_line(box, "read", user, path, **fields))
+
+    def write_file(self, *, box: str, user: User, path: bytes | None) -> FileWrite:
+        """A file of the box, made or replaced; without a path, `finish` names it."""
+        return FileWrite(self._link, _file_line(box, "write", user, path))
+
 
 def _line(verb: str, body: bytes | None, fields: Mapping[str, Any]) -> bytes:
     size = {} if body is None else {"body": len(body)}
     return messages.request(verb, **size, **fields)
+
+
+def _file_line(box: str, op: str, user: User, path: bytes | None, **fields: Any) -> bytes:
+    named = None if path is None else path64(path)
+    return messages.request("file", box=box, op=op, user=user, path64=named, **fields)
 
 
 def _leave(slot: contextlib.AbstractContextManager[None]) -> None:

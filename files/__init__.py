@@ -1,0 +1,1 @@
+"""Files in devboxes: read, written, uploaded, downloaded."""
