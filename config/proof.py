@@ -183,6 +183,17 @@ def prove(url: str, key: str) -> int:
         with devboxes.watch_evictions() as events:
             expect(events.response.status_code, 200)
 
+    def files() -> None:
+        devboxes.write_file_contents(main, file_path="~/made/here.txt", contents="grüße\n")
+        expect(devboxes.read_file_contents(main, file_path="made/here.txt"), "grüße\n")
+        data = bytes(range(256)) * 5000
+        devboxes.upload_file(main, path="made/bytes", file=data)
+        expect(devboxes.download_file(main, path="/home/user/made/bytes").read() == data, True)
+        refused(404, lambda: devboxes.read_file_contents(main, file_path="missing"))
+        older = {"file_path": "made/here.txt", "contents": "again"}
+        client.post(f"/v1/devboxes/{main}/write_file", cast_to=object, body=older)
+        expect(devboxes.read_file_contents(main, file_path="made/here.txt"), "again")
+
     def killed() -> None:
         begun = devboxes.execute_async(main, command="sleep 300")
         executions.kill(begun.execution_id, devbox_id=main)
@@ -231,6 +242,7 @@ def prove(url: str, key: str) -> int:
     check("stream_stdout_updates, stream_stderr_updates", streamed)
     check("stream of 2.6 MB", big)
     check("send_std_in", stdin)
+    check("files: write, read, upload, download", files)
     check("kill", killed)
     check("background server", background)
     check("wrong key: 401", without_key)

@@ -18,6 +18,7 @@ ASYNC_ROUTES: list[Route] = [
 urlpatterns = [
     path("v1/devboxes/<str:id>/read_file_contents", schemas.ReadFileContents.as_view()),
     path("v1/devboxes/<str:id>/write_file_contents", schemas.WriteFileContents.as_view()),
+    path("v1/devboxes/<str:id>/write_file", schemas.WriteFile.as_view()),
     path("v1/devboxes/<str:id>/upload_file", schemas.UploadFile.as_view()),
     path("v1/devboxes/<str:id>/download_file", schemas.DownloadFile.as_view()),
 ]

@@ -96,6 +96,21 @@ class WriteFileContents(AsyncElsewhere):
         return self._elsewhere(request)  # type: ignore[no-any-return]
 
 
+class WriteFile(AsyncElsewhere):
+    """Declares POST /v1/devboxes/{id}/write_file."""
+
+    @extend_schema(
+        operation_id="devboxWriteFile",
+        summary="Write a text file: the older name of write_file_contents.",
+        deprecated=True,
+        request=DevboxWriteFileParameters,
+        responses={200: FileWritten, 413: problem("Over 100 MB: use upload_file."), **_ERRORS},
+    )
+    def post(self, request: Request, id: str) -> Response:
+        """Declared only."""
+        return self._elsewhere(request)  # type: ignore[no-any-return]
+
+
 class UploadFile(AsyncElsewhere):
     """Declares POST /v1/devboxes/{id}/upload_file."""
 

@@ -21,6 +21,12 @@ told.listed = false;
 for await (const one of client.devboxes.list({ status: 'running' })) {
   if (one.id === box.id) told.listed = true;
 }
+await client.devboxes.writeFileContents(box.id, { file_path: '~/a/b.txt', contents: 'grüße\n' });
+told.read = await client.devboxes.readFileContents(box.id, { file_path: 'a/b.txt' });
+const bytes = new Uint8Array(300000).map((_, at) => at % 251);
+await client.devboxes.uploadFile(box.id, { path: 'c.bin', file: new File([bytes], 'c.bin') });
+const down = await client.devboxes.downloadFile(box.id, { path: 'c.bin' });
+told.same = Buffer.compare(Buffer.from(await down.arrayBuffer()), Buffer.from(bytes)) === 0;
 await client.devboxes.keepAlive(box.id);
 told.after = (await client.devboxes.shutdown(box.id)).status;
 try {

@@ -46,6 +46,8 @@ def test_the_typescript_sdk_makes_uses_and_ends_a_devbox(berth, typescript_sdk: 
     assert told["streamed"] == "1\n2\n3\n"
     assert told["name"] == "renamed"
     assert told["listed"]
+    assert told["read"] == "grüße\n"
+    assert told["same"]
     assert told["after"] == "shutdown"
     assert told["unknown"] == 400
 
