@@ -1,0 +1,1 @@
+"""Celery tasks of the app: none, a file is moved while its caller waits."""
