@@ -26,7 +26,8 @@ def shared(berth):
 
 
 def ask(key, box: str, operation: str, body: Any = None, **more: Any) -> httpx.Response:
-    return key.client.post(f"/v1/devboxes/{box}/{operation}", json=body, timeout=120, **more)
+    answer: httpx.Response = key.client.post(f"/v1/devboxes/{box}/{operation}", json=body, timeout=120, **more)
+    return answer
 
 
 def written(key, box: str, path: str, contents: str) -> None:
