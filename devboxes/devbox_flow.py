@@ -4,6 +4,7 @@ In charge of: the steps and what their failures mean. Not in charge of: which mo
 the launch work is (`devboxes.launch`), or requests from outside (`devboxes.services`, `devboxes.hosted`).
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -22,6 +23,8 @@ from hosts import placement, registry
 from hosts.client import HostClient, HostRefused, HostUnreachable, StaleFence, client_for, outputs
 from hosts.models import Host, HostState
 
+log = logging.getLogger(__name__)
+
 MIB = 1 << 20
 PIDS = 4096
 PLACE_AGAIN_SECONDS = 1.0
@@ -31,6 +34,8 @@ LAUNCH_HOLD_MS = 300
 LAUNCH_SLICE = timedelta(seconds=3)
 RUNNING_LOOK_SECONDS = 3600.0
 SILENCE_LOOK_SECONDS = 5.0
+CLOCK_SLACK_SECONDS = 2.0
+"""How far the two clocks may differ over a devbox's life without one of them having been set."""
 BEFORE_DESTROY = timedelta(seconds=60)
 BEFORE_DESTROY_AGAIN_SECONDS = 0.5
 TAIL_BYTES = 64 * 1024
@@ -52,6 +57,7 @@ class DevboxRow(Row):
     disk_mb: int
     keep_alive_seconds: int
     end_at: datetime | None
+    host_clock_at_start: float | None
     ended_at: datetime | None
     started_at: datetime | None
     launch_index: int
@@ -196,7 +202,7 @@ class DevboxFlow(Flow[DevboxRow]):
             hostname=row.id.replace("_", "-"),
         )
         learnt = {"slot": reply["slot"], "address": reply["address"], "seen": "up", "seen_at": DatabaseNow()}
-        return Next(states.LAUNCH, learnt)
+        return Next(states.LAUNCH, {**learnt, "host_clock_at_start": reply.get("monotonic")})
 
     def launch(self, row: DevboxRow) -> Outcome:
         """Run its launch work, one piece after the other; sleep while one runs."""
@@ -234,22 +240,31 @@ class DevboxFlow(Flow[DevboxRow]):
         return self._start(row, index, entries)
 
     def _start(self, row: DevboxRow, index: int, entries: Sequence[logs.Entry]) -> Outcome:
-        learnt = {
+        learnt: dict[str, object] = {
             "launch_index": index,
             "started_at": DatabaseNow(),
             "last_activity_at": DatabaseNow(),
             "end_at": DatabaseNow(row.keep_alive_seconds),
         }
+        if row.launch_total:  # else it was told with the boot, a moment ago
+            learnt["host_clock_at_start"] = self._host(row).hello()["monotonic"]
         seconds = min(row.keep_alive_seconds, RUNNING_LOOK_SECONDS)
         return Wait(seconds, learnt, also=_log(row.id, entries) if entries else None, step=states.RUNNING)
 
     def running(self, row: DevboxRow) -> Outcome:
-        """Nothing, until its keep-alive time is over by the database's clock."""
+        """Nothing, until its keep-alive time is over: by the database's clock, and then by its host's own, which
+        nobody sets, so that a jump of the former ends nothing."""
         if row.end_at is None:
             return Wait(row.keep_alive_seconds, {"end_at": DatabaseNow(row.keep_alive_seconds)})
         left = (row.end_at - row.now).total_seconds()
         if left > 0:
             return Wait(min(left, RUNNING_LOOK_SECONDS))
+        if row.host_clock_at_start is not None:
+            ran = self._host(row).hello()["monotonic"] - row.host_clock_at_start
+            left = row.keep_alive_seconds - max(0.0, ran)
+            if left > CLOCK_SLACK_SECONDS:
+                log.warning("%s has run for %.0f s by its host's clock: the database's jumped", row.id, ran)
+                return Wait(min(left, RUNNING_LOOK_SECONDS), {"end_at": DatabaseNow(left)})
         why = f"its keep-alive time of {row.keep_alive_seconds} s is over"
         return Next(states.TEARDOWN, {"wants": "shutdown", "shutdown_reason": "keep_alive_timeout", "why": why})
 

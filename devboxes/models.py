@@ -53,6 +53,9 @@ class Devbox(Durable):
 
     keep_alive_seconds = models.IntegerField()
     end_at = models.DateTimeField(null=True, blank=True, help_text="When its keep-alive time is over.")
+    host_clock_at_start = models.FloatField(
+        null=True, blank=True, help_text="Its host's monotonic clock when it began to run, in seconds."
+    )
     launch_total = models.IntegerField(default=0, help_text="How many pieces of launch work it has.")
     launch_index = models.IntegerField(default=0, help_text="How many pieces of its launch work are done.")
     started_at = models.DateTimeField(null=True, blank=True, help_text="When it was first running.")

@@ -182,6 +182,7 @@ class BootReply(TypedDict):
     init_pid: int
     keeper_pid: int
     booted_at_ms: int
+    monotonic: float  # seconds, when this was answered
 
 
 class User(TypedDict):

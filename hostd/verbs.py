@@ -142,6 +142,7 @@ class Verbs:
                 "init_pid": record.init_pid,
                 "keeper_pid": record.pid,
                 "booted_at_ms": record.booted_at_ms,
+                "monotonic": round(time.monotonic(), 3),
             }
 
     async def destroy(self, box: str, fence: int, keep_disk: bool = False) -> dict[str, Any]:

@@ -133,6 +133,8 @@ class FakeHost:
         self.boot_id = "boot-1"
         self.cluster = settings.BERTH.cluster
         self.warm = 0
+        self.passed = 0.0
+        """Seconds that the test says have passed on this host's own clock."""
         self._failures: dict[str, list[_Failure]] = collections.defaultdict(list)
         self._scripts: dict[str, dict[str, Any]] = {}
         self._buried: dict[str, set[str]] = collections.defaultdict(set)
@@ -217,6 +219,10 @@ class FakeHost:
                 self._acknowledge(*pair)
         return acks
 
+    def monotonic(self) -> float:
+        """This host's own clock, which nobody sets."""
+        return time.monotonic() + self.passed
+
     def called(self, verb: str) -> list[dict[str, Any]]:
         """The arguments of every call of that verb so far."""
         return [arguments for name, arguments in self.calls if name == verb]
@@ -237,7 +243,7 @@ class FakeHost:
             "host": self.host_id,
             "install": 0,
             "boot_id": self.boot_id,
-            "monotonic": time.monotonic(),
+            "monotonic": self.monotonic(),
             "cpus": 64,
             "memory_bytes": 256 << 30,
             "memory_free_bytes": 200 << 30,
@@ -305,6 +311,7 @@ class FakeHost:
             "init_pid": 100_000 + number,
             "keeper_pid": 200_000 + number,
             "booted_at_ms": found.booted_at_ms,
+            "monotonic": self.monotonic(),
         }
 
     @_verb

@@ -73,11 +73,48 @@ def test_the_keep_alive_time_ends_the_devbox(caller: Caller, fake: FakeHost) -> 
     assert row(devbox_id).status == "running", "woken early, it sleeps on"
     with connection.cursor() as cursor:
         cursor.execute("UPDATE devboxes_devbox SET end_at = now() WHERE id = %s", [devbox_id])
+    fake.passed += 60
     sleep_over(devbox_id)
     work()
     devbox = row(devbox_id)
     assert (devbox.step, devbox.status, devbox.shutdown_reason) == ("gone", "shutdown", "keep_alive_timeout")
     assert fake.boxes == {}
+
+
+@pytest.mark.parametrize("commands", [[], ["make"]], ids=["at once", "after launch work"])
+def test_a_jump_of_the_database_s_clock_ends_nothing(caller: Caller, fake: FakeHost, commands: list[str]) -> None:
+    fake.script("make")
+    fake.hooks["boot"] = lambda **_: setattr(fake, "passed", 500.0 if commands else 0.0)  # launch work takes its time
+    asked = {"keep_alive_time_seconds": 60, "launch_commands": commands}
+    devbox_id = created_running(caller, launch_parameters=asked)
+    fake.passed += 40
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE devboxes_devbox SET end_at = end_at - interval '1 day' WHERE id = %s", [devbox_id])
+    sleep_over(devbox_id)
+    work()
+    devbox = row(devbox_id)
+    assert devbox.status == "running" and devbox.end_at is not None and devbox.wake_at is not None
+    assert abs((devbox.wake_at - devbox.end_at).total_seconds()) < 1
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT extract(epoch FROM end_at - now())::float FROM devboxes_devbox WHERE id = %s", [devbox_id]
+        )
+        assert 18 < cursor.fetchone()[0] < 21, "what its host says is left"
+        cursor.execute("UPDATE devboxes_devbox SET end_at = now() WHERE id = %s", [devbox_id])
+    fake.passed += 20
+    sleep_over(devbox_id)
+    work()
+    assert row(devbox_id).shutdown_reason == "keep_alive_timeout"
+
+
+def test_a_devbox_is_not_ended_behind_the_back_of_a_host_that_cannot_be_asked(caller: Caller, fake: FakeHost) -> None:
+    devbox_id = created_running(caller, launch_parameters={"keep_alive_time_seconds": 60})
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE devboxes_devbox SET end_at = now() WHERE id = %s", [devbox_id])
+    fake.unreachable = True
+    sleep_over(devbox_id)
+    work()
+    assert row(devbox_id).status == "running"
 
 
 def test_an_entrypoint_that_its_host_does_not_know_is_lost(caller: Caller, fake: FakeHost) -> None:
