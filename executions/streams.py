@@ -16,10 +16,11 @@ What clients depend on:
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import orjson
 
@@ -98,10 +99,12 @@ async def _events(
                     yield _update(Piece((before.text if before else "") + marker, start))
                     cutter = TextCutter(start)
                 position = start + len(data)
+                updates = []
                 for at in range(0, len(data), EVENT_BYTES):
                     found = cutter.feed(data[at : at + EVENT_BYTES])
                     if found is not None:
-                        yield _update(found)
+                        updates.append(_update(found))
+                yield b"".join(updates)  # what came together goes out together: every turn of the loop costs
         last = cutter.finish()
         if last is not None:
             yield _update(last)
@@ -132,33 +135,45 @@ async def _with_heartbeats(
 
     Raises Interrupted when the server is being stopped.
     """
-    stopping = asyncio.ensure_future(going_down.wait())
-    upcoming: asyncio.Future[tuple[int, bytes]] | None = None
+    ahead: collections.deque[tuple[int, bytes]] = collections.deque()
+    stirred, taken = asyncio.Event(), asyncio.Event()
+
+    async def pull() -> None:
+        # One task for the whole stream; one a piece would cost more than the piece.
+        async for found in source:
+            while ahead:
+                taken.clear()
+                await taken.wait()
+            ahead.append(found)
+            stirred.set()
+
+    pulling, stopping = asyncio.ensure_future(pull()), asyncio.ensure_future(going_down.wait())
+    for ending in (pulling, stopping):
+        ending.add_done_callback(lambda _: stirred.set())
     try:
         while True:
-            if upcoming is None:
-                upcoming = asyncio.ensure_future(anext(source))
-            both: set[asyncio.Future[Any]] = {upcoming, stopping}
-            await asyncio.wait(both, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if stopping.done():
                 # Also while there is always more: what has arrived and was not sent comes again from the last offset.
                 raise Interrupted("the server is being restarted; the stream goes on from the last offset")
-            if not upcoming.done():
-                yield None
+            if ahead:
+                found = ahead.popleft()
+                taken.set()
+                yield found
                 continue
-            try:
-                found = upcoming.result()
-            except StopAsyncIteration:
+            if pulling.done():
+                pulling.result()
                 return
-            finally:
-                upcoming = None
-            yield found
+            stirred.clear()
+            try:
+                async with asyncio.timeout(HEARTBEAT_SECONDS):
+                    await stirred.wait()
+            except TimeoutError:
+                yield None
     finally:
         stopping.cancel()
-        if upcoming is not None:
-            upcoming.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception, StopAsyncIteration):
-                await upcoming
+        pulling.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await pulling
         await source.aclose()
 
 

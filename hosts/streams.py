@@ -118,12 +118,13 @@ class AsyncFollowing:
                 self.start = conversation.offset(reply)
                 data = inbox.rest()
                 while True:
-                    for piece in parser.feed(data):
-                        yield piece
+                    pieces = parser.feed(data)
+                    if pieces:
+                        yield pieces[0] if len(pieces) == 1 else b"".join(pieces)
                     if parser.trailer is not None:
                         self.trailer = cast(FollowTrailer, parser.trailer)
                         return
-                    data = await stream.read()
+                    data = await stream.read(ssh.IDLE_WINDOW)
                     if not data:
                         raise ssh.ConnectionCut("the stream was cut before its end")
         except (ssh.SshError, messages.ProtocolError) as error:

@@ -37,6 +37,9 @@ OUT_HIGH: Final = 1 << 20
 SLICE: Final = 1 << 20
 """Bytes taken from the socket before the loop gets a turn for others."""
 
+ADJUSTS: Final = 4
+"""How many times per window the host is told that there is room again: each time costs a packet both ways."""
+
 
 class _Packets(Packetizer):
     """Writes through the loop once it owns the socket."""
@@ -328,6 +331,10 @@ class LoopStream(StreamChannel):
                 self.answer.set_result(None)
             else:
                 self.answer.set_exception(refusal)
+
+    def _set_window(self, window_size: int, max_packet_size: int) -> None:
+        super()._set_window(window_size, max_packet_size)  # type: ignore[misc]
+        self.in_window_threshold = window_size // ADJUSTS
 
     def _feed(self, message: Message | bytes) -> None:
         self._received.append(message if isinstance(message, bytes) else message.get_binary())
