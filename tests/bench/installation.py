@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import httpx
 from config import first, traces
 from config.state import CHECKOUT, free_port
 from config.up import interrupts
-from tests.live.conftest import Up
+from tests.live.conftest import Up, environment
 
 #: Fifty of the smallest devboxes promise more than a small machine has; only the promise is in the way.
 ROOM = {
@@ -28,14 +27,6 @@ ROOM = {
 }
 
 
-def environment(up: Up) -> dict[str, str]:
-    """This process's environment with the installation's settings, and none of another installation's: a measure
-    must never touch the servers that a shell happens to point at."""
-    foreign = ("BERTH_", "S3_", "DATABASE_URL", "REDIS_URL")
-    own = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    return {**own, **up.state.read_env(), "BERTH_STATE": str(up.state.path)}
-
-
 @dataclass
 class Target:
     """What a measure gets."""
@@ -44,6 +35,11 @@ class Target:
     base_url: str
     key: str
     client: httpx.Client
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's, with the installation's settings spelt out."""
+        return {**environment(self.up.state), **self.up.state.read_env()}
 
     def post(self, path: str, body: object = None) -> dict[str, object]:
         answer = self.client.post(path, json={} if body is None else body)
@@ -64,7 +60,7 @@ class Target:
         """Run a program inside Django with the installation's settings; what it printed."""
         done = subprocess.run(
             [sys.executable, "manage.py", "shell", "--no-imports", "-c", program],
-            cwd=CHECKOUT, env=environment(self.up),
+            cwd=CHECKOUT, env=self.environment,
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         if done.returncode:

@@ -17,7 +17,7 @@ from config import sdk, traces
 from config.state import CHECKOUT
 from hostd import cgroups
 from tests.bench.figures import Figure, figure
-from tests.bench.installation import Target, environment
+from tests.bench.installation import Target
 from tests.bench.noop import REPLIES as _REPLIES
 
 LOAD_PROCESSES, LOAD_CONNECTIONS, LOAD_SECONDS = 2, 16, 6.0
@@ -146,7 +146,7 @@ def execute_true(target: Target) -> Iterator[Figure]:
 
 
 def _celery_hops(target: Target) -> list[float]:
-    settings = environment(target.up)
+    settings = target.environment
     argv = [sys.executable, "-m", "celery", "-A", "tests.bench.noop", "worker", "-Q", "bench", "--without-mingle"]
     worker = subprocess.Popen(argv, cwd=CHECKOUT, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     send = (

@@ -20,7 +20,7 @@ import pytest
 
 from hostd import bundle
 from hostd.messages import ProtocolError, Refused
-from tests.hostd.client import LIMITS, new_id, outputs
+from tests.hostd.client import new_id, outputs
 from tests.hostd.live_host import LiveHost, alive, why_not
 
 pytestmark = [pytest.mark.live, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
@@ -78,8 +78,8 @@ def test_each_verb_twice(host: LiveHost):
     box, exe = new_id("dbx"), new_id("exe")
     disk: dict[str, Any] = {"box": box, "fence": 1, "image": host.image, "disk_bytes": 1 << 30}
     assert host.client.call("prepare_disk", **disk) == host.client.call("prepare_disk", **disk)
-    up = host.client.call("boot", box=box, fence=1, hostname="devbox", **LIMITS)
-    assert host.client.call("boot", box=box, fence=1, hostname="devbox", **LIMITS) == up
+    up = host.client.create(box, host.image)
+    assert host.client.create(box, host.image) == up
     for _ in range(2):
         host.client.spawn(box, exe, "echo once >> ~/f; hostname; echo bad >&2; exit 3")
     state = host.client.wait(box, exe)

@@ -39,6 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def environment(state: State) -> dict[str, str]:
+    """This process's environment with that installation's state, and nothing of another installation: a test must
+    never touch the servers that a shell happens to point at. Settings come from the state's own file."""
+    foreign = ("BERTH_", "S3_", "DATABASE_URL", "REDIS_URL")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    return {**own, "BERTH_STATE": str(state.path)}
+
+
 class Up:
     """``make up`` in a folder of its own, as a process that can be looked at, interrupted and started again."""
 
@@ -52,14 +60,12 @@ class Up:
     def start(self, within: float = UP_WITHIN) -> float:
         """Start and wait until it is ready; seconds it took."""
         began = time.monotonic()
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("BERTH_", "S3_"))}
-        inherited = {name: value for name, value in inherited.items() if name not in ("DATABASE_URL", "REDIS_URL")}
         self.output.write_text("")
         with open(self.output, "a") as printed:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "config.up"],
                 cwd=CHECKOUT,
-                env={**inherited, "BERTH_STATE": str(self.state.path), **self.environment},
+                env={**environment(self.state), **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=printed,
@@ -98,11 +104,10 @@ class Up:
 
     def remove(self) -> str:
         """Stop it however it stands, and take it off the machine; what was printed."""
-        environment = {**os.environ, "BERTH_STATE": str(self.state.path)}
         done = subprocess.run(
             [sys.executable, "-m", "config.uninstall"],
             cwd=CHECKOUT,
-            env=environment,
+            env=environment(self.state),
             capture_output=True,
             text=True,
             timeout=300,
@@ -204,7 +209,7 @@ class Berth:
         """``manage.py`` with this installation's settings."""
         done = subprocess.run(
             [sys.executable, "manage.py", *arguments],
-            cwd=CHECKOUT, env={**os.environ, "BERTH_STATE": str(self.state.path)},
+            cwd=CHECKOUT, env=environment(self.state),
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
@@ -242,10 +247,9 @@ def berth(live_folder: Path) -> Iterator[Berth]:
         marks = traces.Marks.of(up.state)
         facts = first.running(up.state)
         assert facts is not None
-        environment = {**os.environ, "BERTH_STATE": str(up.state.path)}
         made = subprocess.run(
             [sys.executable, "manage.py", "shell", "--no-imports", "-c", PARTIES],
-            cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=60,
+            cwd=CHECKOUT, env=environment(up.state), capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert made.returncode == 0, made.stderr
         keys = [Key(facts["base_url"], *pair) for pair in json.loads(made.stdout.splitlines()[-1])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 
 from config import traces
 from config.state import CHECKOUT, free_port
-from tests.live.conftest import Berth, Up, nothing_left
+from tests.live.conftest import Berth, Up, environment, nothing_left
 
 pytestmark = pytest.mark.live
 
@@ -51,7 +50,7 @@ def test_a_start_beside_a_running_one_says_so_and_changes_nothing(berth: Berth) 
     pids = berth.pids()
     done = subprocess.run(
         [sys.executable, "-m", "config.up"],
-        cwd=CHECKOUT, env={**os.environ, "BERTH_STATE": str(berth.state.path)},
+        cwd=CHECKOUT, env=environment(berth.state),
         capture_output=True, text=True, timeout=30,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
