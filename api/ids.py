@@ -37,3 +37,9 @@ def is_id(prefix: str, text: object) -> bool:
     return (
         isinstance(text, str) and text.startswith(f"{prefix}_") and _BODY.fullmatch(text, len(prefix) + 1) is not None
     )
+
+
+def first_id(prefix: str, at_ms: int) -> str:
+    """The lowest identifier that ``new_id(prefix)`` can have made at that time: ids made before it sort below."""
+    value = max(0, min(at_ms, (1 << 48) - 1)) << _RANDOM_BITS
+    return f"{prefix}_" + "".join([_PAIRS[value >> shift & 1023] for shift in range(120, -1, -10)])

@@ -9,6 +9,8 @@ from cryptography.fernet import Fernet
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 
+from hostd.messages import CAP_MAX, CAP_MIN
+
 
 def _seal_keys() -> list[CheckMessage]:
     found: list[CheckMessage] = []
@@ -42,6 +44,10 @@ def problems() -> list[CheckMessage]:
         found.append(Error("BERTH_SILENT_AFTER must be less than BERTH_LOST_AFTER.", id="berth.E005"))
     if own.EXEC_INLINE > own.OUTPUT_INLINE_MAX:
         found.append(Error("BERTH_EXEC_INLINE may not exceed BERTH_OUTPUT_INLINE_MAX.", id="berth.E006"))
+    if not CAP_MIN <= own.OUTPUT_CAP <= CAP_MAX:
+        found.append(Error(f"BERTH_OUTPUT_CAP must be {CAP_MIN} to {CAP_MAX} bytes.", id="berth.E010"))
+    if not 0 < own.RETENTION_DAYS <= 36_500:
+        found.append(Error("BERTH_RETENTION_DAYS must be more than 0 and at most 36500.", id="berth.E011"))
     if own.BODY_MAX > own.BODY_BUDGET:
         found.append(Error("BERTH_BODY_MAX may not exceed BERTH_BODY_BUDGET.", id="berth.E007"))
     if min(own.WSGI_THREADS, own.DATABASE_THREADS, own.WORKER_THREADS) < 1:

@@ -43,6 +43,10 @@ class Berth:
     EXEC_INLINE: int = env.whole("BERTH_EXEC_INLINE", 64 * 1024)
     OUTPUT_INLINE_MAX: int = env.whole("BERTH_OUTPUT_INLINE_MAX", 16 * MIB)
     COMMAND_MAX: int = env.whole("BERTH_COMMAND_MAX", MIB)
+    # Kept of each stream of a command: its head and its tail, half each; the command goes on.
+    OUTPUT_CAP: int = env.whole("BERTH_OUTPUT_CAP", 256 * MIB)
+    # How long commands and their outputs are kept after they, or after their devbox, have ended.
+    RETENTION_DAYS: float = env.number("BERTH_RETENTION_DAYS", 30.0)
 
     # Overcommit: what may be promised per real unit
     OVERCOMMIT_CPU: float = env.number("BERTH_OVERCOMMIT_CPU", 8.0)

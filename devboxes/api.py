@@ -201,7 +201,7 @@ class Shutdown(APIView):
         parse_flag(request.query_params, "force", default=False)
         row = selectors.access_devbox(caller, id)
         if not row.over:
-            services.request_shutdown(id)
+            services.request_shutdown(id, caller=caller)
         return _answer(caller, id)
 
 

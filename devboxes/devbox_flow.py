@@ -19,7 +19,7 @@ from flows.engine import Flow, Row, Settled
 from flows.outcomes import DatabaseNow, Done, Next, Outcome, Superseded, Wait
 from flows.statements import Alongside
 from hostd.messages import Stream
-from hosts import placement, registry
+from hosts import delivery, placement, registry
 from hosts.client import HostClient, HostRefused, HostUnreachable, StaleFence, client_for, outputs
 from hosts.models import Host, HostState
 
@@ -62,6 +62,7 @@ class DevboxRow(Row):
     started_at: datetime | None
     launch_index: int
     launch_total: int
+    launch_items: list[dict[str, Any]]
     failure_reason: str | None
     shutdown_reason: str | None
     why: str
@@ -91,9 +92,10 @@ def entering(step: str) -> dict[str, object]:
     return columns
 
 
-def fail(reason: str, why: str) -> Next:
-    """The devbox has failed: take its box apart and say why."""
-    return Next(states.CLEAN_UP, {"failure_reason": reason, "why": why[:WHY_LIMIT]})
+def fail(reason: str, why: str, kind: str, /, **evidence: object) -> Next:
+    """The devbox has failed: take its box apart and say why, in words and as a kind of cause with its evidence."""
+    cause = {"kind": kind, **{name: value for name, value in evidence.items() if value is not None}}
+    return Next(states.CLEAN_UP, {"failure_reason": reason, "why": why[:WHY_LIMIT], "cause": cause})
 
 
 class DevboxFlow(Flow[DevboxRow]):
@@ -146,10 +148,12 @@ class DevboxFlow(Flow[DevboxRow]):
             return fail("health_check_failed", f"its host was not heard for too long while it was in {row.step}")
         last = f"; the last trouble was: {row.why}" if row.why else ""
         if row.step == states.PLACE:
-            return fail("health_check_failed", f"no host had room for it within {seconds:g} s{last}")
+            return fail("health_check_failed", f"no host had room for it within {seconds:g} s{last}", "no_room")
         if row.step == states.LAUNCH:
-            return fail("execution_failed", f"its launch work took longer than {seconds:g} s{last}")
-        return fail("health_check_failed", f"{row.step} took longer than {seconds:g} s{last}")
+            why = f"its launch work took longer than {seconds:g} s{last}"
+            return fail("execution_failed", why, "step_timeout", step=row.step, seconds=seconds)
+        why = f"{row.step} took longer than {seconds:g} s{last}"
+        return fail("health_check_failed", why, "step_timeout", step=row.step, seconds=seconds)
 
     def on_exception(self, row: DevboxRow, error: Exception) -> Outcome | None:
         """What a host's refusal means. Being unreachable means: try again until the step's time is up."""
@@ -159,13 +163,15 @@ class DevboxFlow(Flow[DevboxRow]):
             return None
         if isinstance(error, HostRefused):
             if error.code == "no_space":
-                return fail("out_of_disk", f"its host has no space left: {error.message}")
+                why = f"its host has no space left: {error.message}"
+                return fail("out_of_disk", why, "host_refused", step=row.step, code=error.code)
             if error.code in ("unknown_image", "unknown_box", "lost", "bad_request", "unknown_verb"):
-                return fail("health_check_failed", f"its host refused {row.step}: {error.message}")
+                why = f"its host refused {row.step}: {error.message}"
+                return fail("health_check_failed", why, "host_refused", step=row.step, code=error.code)
         if isinstance(error, SealBroken):
-            return fail("execution_failed", f"what it was made with cannot be read any more: {error}")
+            return fail("execution_failed", f"what it was made with cannot be read any more: {error}", "sealed")
         if isinstance(error, HostUnreachable) and row.host_id and host_is_lost(row.host_id):
-            return fail("health_check_failed", f"its host was lost: {error.reason}")
+            return fail("health_check_failed", f"its host was lost: {error.reason}", "host_lost")
         return None
 
     # The steps.
@@ -179,7 +185,7 @@ class DevboxFlow(Flow[DevboxRow]):
         image = Host.objects.values_list("image_id", flat=True).get(pk=host_id)
         return Next(
             states.PREPARE_DISK,
-            {"host_id": host_id, "image_id": image, "reserved": True},
+            {"host_id": host_id, "image_id": image, "reserved": True, "placed_at": DatabaseNow()},
             also=lambda cursor: placement.reserve(cursor, host_id, *row.size),
         )
 
@@ -188,7 +194,7 @@ class DevboxFlow(Flow[DevboxRow]):
         reply = self._host(row).prepare_disk(
             box=row.id, fence=row.fence, image=row.image_id, disk_bytes=row.disk_mb * MIB
         )
-        return Next(states.BOOT, {"slot": reply["slot"]})
+        return Next(states.BOOT, {"slot": reply["slot"], "disk_at": DatabaseNow()})
 
     def boot(self, row: DevboxRow) -> Outcome:
         """Have its box started."""
@@ -202,14 +208,16 @@ class DevboxFlow(Flow[DevboxRow]):
             hostname=row.id.replace("_", "-"),
         )
         learnt = {"slot": reply["slot"], "address": reply["address"], "seen": "up", "seen_at": DatabaseNow()}
-        return Next(states.LAUNCH, {**learnt, "host_clock_at_start": reply.get("monotonic")})
+        learnt |= {"booted_at": DatabaseNow(), "host_clock_at_start": reply.get("monotonic")}
+        return Next(states.LAUNCH, learnt)
 
     def launch(self, row: DevboxRow) -> Outcome:
         """Run its launch work, one piece after the other; sleep while one runs."""
         if row.launch_index >= row.launch_total:
-            return self._start(row, row.launch_index, [])
+            return self._start(row, row.launch_index, [], row.launch_items)
         work = launch.plan(row.id)
         host, index, entries = self._host(row), row.launch_index, list[logs.Entry]()
+        items = row.launch_items[:index]
         began = datetime.now()
         while index < len(work):
             row.check()
@@ -223,7 +231,9 @@ class DevboxFlow(Flow[DevboxRow]):
             )
             if piece.awaited and state["state"] == "running":
                 # The entry about its start is written with the first sleep, and only then.
-                return Wait(LAUNCH_LOOK_SECONDS, {"launch_index": index}, also=_log(row.id, entries))
+                learnt = {"launch_index": index, "launch_items": [*items, _item(piece, state)]}
+                return Wait(LAUNCH_LOOK_SECONDS, learnt, also=_log(row.id, entries))
+            items.append(_item(piece, state))
             if not piece.awaited:
                 entries.append(logs.Entry(piece.source, piece.id, cmd=piece.title))
                 index += 1
@@ -231,17 +241,21 @@ class DevboxFlow(Flow[DevboxRow]):
             ended = _ended(host, row.id, piece, state)
             entries += ended.entries
             if ended.failure is not None:
-                reason, why = ended.failure
-                failure = fail(reason, f"launch work {index + 1} of {len(work)} ({_short(piece.title)}) {why}")
-                return Next(failure.step, failure.learnt, also=_log(row.id, entries))
+                reason, why, evidence = ended.failure
+                why = f"launch work {index + 1} of {len(work)} ({_short(piece.title)}) {why}"
+                failure = fail(reason, why, "launch_failed", item=index, title=items[-1]["title"], **evidence)
+                learnt = {**failure.learnt, "launch_index": index, "launch_items": items}
+                return Next(failure.step, learnt, also=_log(row.id, entries))
             index += 1
             if datetime.now() - began > LAUNCH_SLICE and index < len(work):
-                return Next(states.LAUNCH, {"launch_index": index}, also=_log(row.id, entries))
-        return self._start(row, index, entries)
+                learnt = {"launch_index": index, "launch_items": items}
+                return Next(states.LAUNCH, learnt, also=_log(row.id, entries))
+        return self._start(row, index, entries, items)
 
-    def _start(self, row: DevboxRow, index: int, entries: Sequence[logs.Entry]) -> Outcome:
+    def _start(self, row: DevboxRow, index: int, entries: Sequence[logs.Entry], items: list[dict[str, Any]]) -> Outcome:
         learnt: dict[str, object] = {
             "launch_index": index,
+            "launch_items": items,
             "started_at": DatabaseNow(),
             "last_activity_at": DatabaseNow(),
             "end_at": DatabaseNow(row.keep_alive_seconds),
@@ -266,7 +280,9 @@ class DevboxFlow(Flow[DevboxRow]):
                 log.warning("%s has run for %.0f s by its host's clock: the database's jumped", row.id, ran)
                 return Wait(min(left, RUNNING_LOOK_SECONDS), {"end_at": DatabaseNow(left)})
         why = f"its keep-alive time of {row.keep_alive_seconds} s is over"
-        return Next(states.TEARDOWN, {"wants": "shutdown", "shutdown_reason": "keep_alive_timeout", "why": why})
+        cause = {"kind": "keep_alive_timeout", "seconds": row.keep_alive_seconds}
+        learnt = {"wants": "shutdown", "shutdown_reason": "keep_alive_timeout", "why": why, "cause": cause}
+        return Next(states.TEARDOWN, learnt)
 
     def teardown(self, row: DevboxRow) -> Outcome:
         """Take its box apart after it was shut down."""
@@ -343,7 +359,20 @@ def _short(title: str) -> str:
 @dataclass(slots=True)
 class _Ended:
     entries: list[logs.Entry]
-    failure: tuple[str, str] | None
+    failure: tuple[str, str, dict[str, object]] | None
+
+
+def _item(piece: launch.Work, state: Any) -> dict[str, Any]:
+    """What is kept of a piece of launch work; times are the host's."""
+    found = {
+        "id": piece.id,
+        "title": _short(logs.readable(piece.title.encode(), piece.secrets)),
+        "source": piece.source,
+        "started_at_ms": state.get("started_at_ms"),
+    }
+    if state["state"] == "exited":
+        found |= {"ended_at_ms": state.get("exited_at_ms"), "exit_status": state.get("exit")}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _ended(host: HostClient, devbox_id: str, piece: launch.Work, state: Any) -> _Ended:
@@ -362,17 +391,18 @@ def _ended(host: HostClient, devbox_id: str, piece: launch.Work, state: Any) -> 
     entries.append(logs.Entry(piece.source, piece.id, level, exit_code=code))
     if code == 0:
         return _Ended(entries, None)
-    kind = (state.get("reason") or {}).get("kind")
-    tail = "\n".join(logs.last_lines(err, WHY_LINES) or logs.last_lines(out, WHY_LINES))
-    tail = f":\n{tail}" if tail else ""
-    if kind == "lost":
-        detail = (state.get("reason") or {}).get("detail") or "its end was not seen"
-        return _Ended(entries, ("health_check_failed", f"was lost: {detail}"))
-    if kind == "oom":
-        return _Ended(entries, ("out_of_memory", f"was ended because the devbox's memory was used up{tail}"))
+    told = delivery.told(state.get("reason")) or {}
+    lines = [line[:WHY_LIMIT] for line in logs.last_lines(err, WHY_LINES) or logs.last_lines(out, WHY_LINES)]
+    tail = ":\n" + "\n".join(lines) if lines else ""
+    evidence: dict[str, object] = {"exit_status": code, "output": lines, "reported": told or None}
+    if told.get("kind") == "lost":
+        detail = told.get("detail") or "its end was not seen"
+        return _Ended(entries, ("health_check_failed", f"was lost: {detail}", evidence))
+    if told.get("kind") == "oom":
+        return _Ended(entries, ("out_of_memory", f"was ended because the devbox's memory was used up{tail}", evidence))
     if "No space left on device" in err or "Disk quota exceeded" in err:
-        return _Ended(entries, ("out_of_disk", f"ended with {code} because the disk is full{tail}"))
-    return _Ended(entries, ("execution_failed", f"ended with {code}{tail}"))
+        return _Ended(entries, ("out_of_disk", f"ended with {code} because the disk is full{tail}", evidence))
+    return _Ended(entries, ("execution_failed", f"ended with {code}{tail}", evidence))
 
 
 def _tail(host: HostClient, devbox_id: str, piece: launch.Work, stream: Stream) -> bytes:

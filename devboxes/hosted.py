@@ -28,10 +28,17 @@ def on_box_exits(events: list[BoxExitEvent]) -> list[str]:
             continue
         if event.oom:
             reason, why = "out_of_memory", "the memory of its box was used up"
+            cause: dict[str, object] = {"kind": "out_of_memory", **(event.memory or {})}
         elif event.lost:
             reason, why = "health_check_failed", f"its box was lost: {event.lost}"
+            cause = {"kind": "box_lost", "detail": event.lost}
+            if event.silent_since_ms is not None:
+                cause = {"kind": "host_lost", "detail": event.lost, "silent_since_ms": event.silent_since_ms}
         else:
             reason, why = "health_check_failed", f"its box ended by itself with {event.exit}"
+            cause = {"kind": "box_ended", "exit_status": event.exit}
+        if event.at_ms is not None:
+            cause["at_ms"] = event.at_ms
         devbox_flow.request(
             event.box,
             {
@@ -40,6 +47,7 @@ def on_box_exits(events: list[BoxExitEvent]) -> list[str]:
                 **entering(states.CLEAN_UP),
                 "failure_reason": reason,
                 "why": why,
+                "cause": cause,
                 "seen": "exited",
                 "seen_at": DatabaseNow(),
             },
@@ -96,11 +104,15 @@ def _entrypoint_ended(event: ExitEvent) -> None:
         reason = "health_check_failed"
         detail = (event.reason or {}).get("detail") or "its end was not seen"
         columns |= {"step": states.CLEAN_UP, **entering(states.CLEAN_UP), "failure_reason": reason}
-        columns["why"] = f"its entrypoint was lost: {detail}"
+        columns |= {"why": f"its entrypoint was lost: {detail}", "cause": {"kind": "entrypoint_lost", "detail": detail}}
         beside = transition("failure", reason)
     else:
         columns |= {"step": states.TEARDOWN, **entering(states.TEARDOWN), "wants": "shutdown"}
         columns |= {"shutdown_reason": "entrypoint_exit", "why": f"its entrypoint ended with {event.exit}"}
+        ended = {"exit_status": event.exit, "at_ms": event.exited_at_ms, "reported": event.reason}
+        output = logs.last_lines(logs.readable(event.stderr or event.stdout or b""), 10)
+        told = {name: value for name, value in (ended | {"output": output}).items() if value is not None}
+        columns["cause"] = {"kind": "entrypoint_exit", **told}
         beside = transition("shutdown", None)
     with transaction.atomic():  # a repetition of the event would find the devbox over and write no log any more
         guard = f"{_NOT_OVER} AND host_id = %s"

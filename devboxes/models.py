@@ -58,6 +58,10 @@ class Devbox(Durable):
     )
     launch_total = models.IntegerField(default=0, help_text="How many pieces of launch work it has.")
     launch_index = models.IntegerField(default=0, help_text="How many pieces of its launch work are done.")
+    launch_items = models.JSONField(default=list, blank=True, help_text="What became of each piece of launch work.")
+    placed_at = models.DateTimeField(null=True, blank=True, help_text="When a host was found for it.")
+    disk_at = models.DateTimeField(null=True, blank=True, help_text="When its disk was made.")
+    booted_at = models.DateTimeField(null=True, blank=True, help_text="When its box was up.")
     started_at = models.DateTimeField(null=True, blank=True, help_text="When it was first running.")
     last_activity_at = models.DateTimeField(null=True, blank=True)
 
@@ -65,6 +69,7 @@ class Devbox(Durable):
     failure_reason = models.TextField(null=True, blank=True)
     shutdown_reason = models.TextField(null=True, blank=True)
     why = models.TextField(blank=True, default="", help_text="The cause of its end, in words.")
+    cause = models.JSONField(null=True, blank=True, help_text="The cause of its end: its kind, and the evidence.")
 
     initiator_type = models.TextField(default="api")
     initiator_id = models.TextField(blank=True, default="", help_text="The API key that made it.")

@@ -167,6 +167,7 @@ _DEFAULTS: dict[str, Any] = {
     "address": "",
     "image_id": "",
     "launch_index": 0,
+    "launch_items": [],
     "why": "",
 }
 
@@ -195,11 +196,19 @@ def update_devbox(
         idempotent(caller, request_id, f"POST /v1/devboxes/{devbox_id}", body_digest(raw_body), update, devbox_id)
 
 
-def request_shutdown(devbox_id: str, *, reason: str = "api_shutdown", why: str = "it was asked to shut down") -> bool:
-    """Let a devbox end, whatever it is doing: its status is `shutdown` on return, its box goes in a moment.
+def request_shutdown(
+    devbox_id: str,
+    *,
+    reason: str = "api_shutdown",
+    why: str = "it was asked to shut down",
+    caller: Caller | None = None,
+) -> bool:
+    """Let a devbox end, whatever it is doing: its status is `shutdown` on return, its box goes in a moment. `caller`:
+    who asked; None for the operator's tools.
 
     False: it was over already. Whoever works on it loses it, and its host refuses their late calls.
     """
+    asked = {"key_id": caller.key_id, "member_id": caller.member_id} if caller else {}
     return devbox_flow.request(
         devbox_id,
         {
@@ -209,6 +218,7 @@ def request_shutdown(devbox_id: str, *, reason: str = "api_shutdown", why: str =
             **entering(states.TEARDOWN),
             "shutdown_reason": reason,
             "why": why,
+            "cause": {"kind": "shutdown_requested", **{name: value for name, value in asked.items() if value}},
         },
         guard="ended_at IS NULL",
         alongside=transition("shutdown", None),

@@ -177,8 +177,9 @@ async def kill(request: Request) -> Response:
     read = _reader(request)
     view = await in_database(read)
     if not view.completed:
-        group = given.get("kill_process_group", False)
-        await in_database(services.request_kill, view.id, group=group)
+        group = given.get("kill_process_group", False) or view.stop_group
+        by = None if view.stop_by else request.caller
+        await in_database(services.request_kill, view.id, group=group, by=by)
         view = await _wait(read, view.id, _completed, KILL_HOLD_SECONDS)
     return json_response(await answers.async_view(read, view, LAST_N_DEFAULT))
 

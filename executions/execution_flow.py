@@ -2,7 +2,8 @@
 
     spawn ----> await_exit ----> done          the usual way; the end is mostly written by `services.finish_executions`,
       |             |  |                       which hears of it from the watcher and beats the step to it
-      |             |  +-------> store -> done outputs too large for the row are copied from the host to S3
+      |             |  +-------> store -> forget -> done    outputs too large for the row are copied from the host to
+      |             |                              S3; once that is written down, the host may delete them
       +--> kill <---+                          somebody wants it stopped
 
 In charge of what is asked of the host and what its answers mean. Not in charge of rows being made (`services`), or of
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from django.conf import settings
+
 from devboxes import selectors as devboxes
 from devboxes.models import Devbox
 from executions.copying import Copy, Source, copy_some
@@ -26,10 +29,11 @@ from executions.endings import stopped_reason
 from executions.environment import spawn_body
 from executions.models import Execution, Kept, Status
 from executions.outputs import output_key
-from flows.engine import Flow, Row
+from flows.engine import Flow, Row, holder
 from flows.outcomes import DatabaseNow, Done, Next, Outcome, Superseded, Wait
-from hostd.messages import StateReply
+from hostd.messages import CAP_MAX, CAP_MIN, RETRYABLE, StateReply
 from hosts.client import HostRefused, StaleFence, client_for, index_records, outputs
+from hosts.delivery import told
 
 SPAWN_HOLD_MS: Final = 25
 """How long the host may keep the answer to spawn back for a command that ends at once: its exit then comes with it."""
@@ -41,6 +45,9 @@ STORE_SECONDS: Final = 3.0
 """How long one go of `store` may copy before it writes down how far it came."""
 STORE_WITHIN_SECONDS: Final = 86_400.0
 """How long storing may take altogether, S3's absences included; the output is then gone."""
+
+FORGET_WITHIN_SECONDS: Final = 3600.0
+"""How long a host is asked to delete an output that is stored; it keeps within a budget of its own besides."""
 
 SIGKILL: Final = 9
 
@@ -70,6 +77,13 @@ class ExecutionRow(Row):
     error_detail: str | None
 
 
+def _placed(row: ExecutionRow) -> dict[str, object]:
+    if row.step != "spawn":
+        return {}
+    worker, taken_at = holder(row.lease)
+    return {"worker": worker, "placed_at": taken_at}
+
+
 def at(milliseconds: int | None) -> datetime | None:
     """A host's time stamp as a datetime."""
     return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
@@ -88,6 +102,7 @@ class ExecutionFlow(Flow[ExecutionRow]):
             "await_exit": self.await_exit,
             "kill": self.kill,
             "store": self.store,
+            "forget": self.forget,
         }
 
     def divert(self, row: ExecutionRow) -> str | None:
@@ -102,6 +117,8 @@ class ExecutionFlow(Flow[ExecutionRow]):
         if row.step == "spawn":
             why = f"it could not be started in time: {row.error_detail or 'its host did not answer'}"
             return self._lost(why, _NO_OUTPUT)
+        if row.step == "forget":
+            return self._forgotten(row)
         return self._gone(row) if row.step == "store" else None
 
     def on_exception(self, row: ExecutionRow, error: Exception) -> Outcome | None:
@@ -113,6 +130,8 @@ class ExecutionFlow(Flow[ExecutionRow]):
             return None
         if row.step == "store":
             return self._gone(row) if error.code in ("unknown_box", "unknown_id") else None
+        if row.step == "forget":
+            return None if error.code in RETRYABLE else self._forgotten(row)
         match error.code:
             case "unknown_id" | "lost":
                 return self._lost(error.message)
@@ -147,7 +166,12 @@ class ExecutionFlow(Flow[ExecutionRow]):
             attach_stdin=row.attach_stdin,
         )
         reply = client_for(row.host_id).spawn(
-            box=row.devbox_id, id=row.id, fence=row.fence, body=body, hold_ms=SPAWN_HOLD_MS
+            box=row.devbox_id,
+            id=row.id,
+            fence=row.fence,
+            body=body,
+            hold_ms=SPAWN_HOLD_MS,
+            cap=min(max(settings.BERTH.OUTPUT_CAP, CAP_MIN), CAP_MAX),
         )
         return self._after(row, reply)
 
@@ -163,7 +187,7 @@ class ExecutionFlow(Flow[ExecutionRow]):
         if reply["state"] == "exited":
             return self._exited(row, reply)
         # Seen running: waiters for that may know, though it will not last.
-        return Wait(KILL_AGAIN_SECONDS, self._running(reply), step="kill")
+        return Wait(KILL_AGAIN_SECONDS, self._running(row, reply), step="kill")
 
     def store(self, row: ExecutionRow) -> Outcome:
         """Copy the outputs to S3, part by part, for a few seconds; then write down how far that came and go on.
@@ -182,17 +206,25 @@ class ExecutionFlow(Flow[ExecutionRow]):
                 progress[stream] = copy_some(source, key, progress.get(stream, {}), until)
                 if not progress[stream].get("done"):
                     return Next("store", {"upload": progress})
-        return Done(
+        return Next(
+            "forget",
             {
                 "kept": Kept.STORE,
                 "output_index": _index(row),
                 "out_hole": progress.get("stdout", {}).get("hole"),
                 "err_hole": progress.get("stderr", {}).get("hole"),
                 "upload": None,
-                "deadline_at": None,
+                "stored_at": DatabaseNow(),
+                "deadline_at": DatabaseNow(FORGET_WITHIN_SECONDS),
+                # Said again so that this settle is committed for sure before the host deletes what it speaks of.
                 "completed_at": row.completed_at,
-            }
+            },
         )
+
+    def forget(self, row: ExecutionRow) -> Outcome:
+        """Let the host delete the outputs that are stored. Followers go on with the stored ones."""
+        client_for(row.host_id).forget(box=row.devbox_id, id=row.id, fence=row.fence)
+        return self._forgotten(row)
 
     # What the host's answers mean.
 
@@ -200,10 +232,11 @@ class ExecutionFlow(Flow[ExecutionRow]):
         if reply["state"] == "exited":
             return self._exited(row, reply)
         pause = LOOK_AGAIN_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311
-        return Wait(pause, self._running(reply), step="await_exit")
+        return Wait(pause, self._running(row, reply), step="await_exit")
 
-    def _running(self, reply: StateReply) -> dict[str, object]:
-        return {"status": Status.RUNNING, "started_at": at(reply.get("started_at_ms")), "deadline_at": None}
+    def _running(self, row: ExecutionRow, reply: StateReply) -> dict[str, object]:
+        columns = {"status": Status.RUNNING, "started_at": at(reply.get("started_at_ms")), "deadline_at": None}
+        return columns | _placed(row)
 
     def _exited(self, row: ExecutionRow, reply: StateReply) -> Outcome:
         found = outputs(reply)
@@ -216,12 +249,13 @@ class ExecutionFlow(Flow[ExecutionRow]):
             "err_dropped": err_dropped,
             "started_at": at(reply.get("started_at_ms")),
             "exited_at": at(reply.get("exited_at_ms")),
+            "first_byte_at": at(reply.get("first_byte_at_ms")),
+            **_placed(row),
         }
         if found is not None:
-            learnt |= {"kept": Kept.ROW, "stdout": found[0], "stderr": found[1]}
+            learnt |= {"kept": Kept.ROW, "stdout": found[0], "stderr": found[1], "stored_at": DatabaseNow()}
             learnt["output_index"] = index_records(reply)
-        reason = reply.get("reason")
-        return self._ended(row, reply.get("exit", -1), dict(reason) if reason else None, learnt)
+        return self._ended(row, reply.get("exit", -1), told(reply.get("reason")), learnt)
 
     def _ended(
         self,
@@ -246,6 +280,9 @@ class ExecutionFlow(Flow[ExecutionRow]):
             # Nothing was written, or nothing was ever started.
             columns |= _NO_OUTPUT
         return Done(columns)
+
+    def _forgotten(self, row: ExecutionRow) -> Outcome:
+        return Done({"deadline_at": None, "completed_at": row.completed_at})
 
     def _gone(self, row: ExecutionRow) -> Outcome:
         return Done({"kept": Kept.NOWHERE, "upload": None, "deadline_at": None, "completed_at": row.completed_at})

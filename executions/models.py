@@ -35,8 +35,8 @@ class Kept(models.TextChoices):
 class Execution(Durable):
     """One command in a devbox.
 
-    Steps: spawn -> await_exit -> done, or -> store -> done when the output is too large for the row. A requested stop
-    goes through kill. `completed_at` is set when the command has ended, before its output is stored.
+    Steps: spawn -> await_exit -> done, or -> store -> forget -> done when the output is too large for the row. A
+    requested stop goes through kill. `completed_at` is set when the command has ended, before its output is stored.
 
     The columns about the user and the host are copied from the devbox at the beginning: they cannot change while the
     command runs, and its steps then need no second row.
@@ -61,10 +61,17 @@ class Execution(Durable):
     status = models.TextField(choices=Status.choices, default=Status.QUEUED, db_default=Status.QUEUED)
     stop_why = models.TextField(null=True, blank=True, help_text="Who wants it stopped; null: nobody.")
     stop_group = models.BooleanField(db_default=False)
+    stop_by = models.JSONField(null=True, blank=True, help_text="Key and member that asked for the stop, and when.")
     exit_status = models.IntegerField(null=True, blank=True)
     reason = models.JSONField(null=True, blank=True, help_text="Why it ended, when the exit status does not tell.")
+    # When what happened. created_at, completed_at and stored_at are by the database's clock, placed_at is by the
+    # worker's, the others by the host's; null where nobody can tell.
+    worker = models.TextField(null=True, blank=True, help_text="The worker that had it started.")
+    placed_at = models.DateTimeField(null=True, blank=True, help_text="When that worker took it up.")
     started_at = models.DateTimeField(null=True, blank=True)
+    first_byte_at = models.DateTimeField(null=True, blank=True, help_text="When its first byte of output came.")
     exited_at = models.DateTimeField(null=True, blank=True)
+    stored_at = models.DateTimeField(null=True, blank=True, help_text="When its output was where it is kept.")
 
     kept = models.TextField(choices=Kept.choices, default=Kept.HOST, db_default=Kept.HOST)
     stdout = models.BinaryField(null=True, blank=True)
@@ -84,8 +91,15 @@ class Execution(Durable):
         abstract = False
         indexes = [
             *Durable.Meta.indexes,
-            # Caps and what is expected on a host count open rows only.
-            models.Index(fields=["account_id"], condition=Q(completed_at__isnull=True), name="executions_open"),
+            # Caps and what is expected on a host count open rows only; the list of one devbox's open ones as well.
+            models.Index(
+                fields=["account_id", "devbox", "id"], condition=Q(completed_at__isnull=True), name="executions_open"
+            ),
+            # The list of a devbox, newest first: ids sort by creation.
+            models.Index(fields=["devbox", "id"], name="executions_list"),
+            models.Index(
+                fields=["devbox", "shell_name", "id"], condition=Q(shell_name__isnull=False), name="executions_shell"
+            ),
         ]
         constraints = [
             models.UniqueConstraint(fields=["devbox", "command_id"], name="executions_command_once"),

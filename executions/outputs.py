@@ -49,9 +49,14 @@ class Tail:
         return self.data.decode("utf-8", "replace")
 
 
+def output_prefix(devbox_id: str, execution_id: str) -> str:
+    """What the S3 keys of an execution's outputs begin with, and no others."""
+    return f"executions/{devbox_id}/{execution_id}/"
+
+
 def output_key(devbox_id: str, execution_id: str, stream: str) -> str:
     """The S3 key of a stored output."""
-    return f"executions/{devbox_id}/{execution_id}/{stream}"
+    return output_prefix(devbox_id, execution_id) + stream
 
 
 _large = asyncio.Semaphore(LARGE_AT_ONCE)

@@ -4,7 +4,7 @@ from django.urls import path
 
 from api.asynchronous import Route
 from api.waiting import hub
-from executions import api, schemas
+from executions import api, listing, schemas, why
 
 _DEVBOX = "/v1/devboxes/{id}"
 _EXECUTION = "/v1/devboxes/{devbox_id}/executions/{execution_id}"
@@ -29,7 +29,9 @@ urlpatterns = [
     path("v1/devboxes/<str:id>/execute", schemas.Execute.as_view()),
     path("v1/devboxes/<str:id>/execute_async", schemas.ExecuteAsync.as_view()),
     path("v1/devboxes/<str:id>/execute_sync", schemas.ExecuteSync.as_view()),
+    path("v1/devboxes/<str:id>/executions", listing.Executions.as_view()),
     path(_EXECUTION_URL, schemas.Execution.as_view()),
+    path(f"{_EXECUTION_URL}/why", why.Why.as_view()),
     path(f"{_EXECUTION_URL}/wait_for_status", schemas.WaitForStatus.as_view()),
     path(f"{_EXECUTION_URL}/kill", schemas.Kill.as_view()),
     path(f"{_EXECUTION_URL}/send_std_in", schemas.SendStdIn.as_view()),

@@ -103,6 +103,33 @@ class ExecutionDetailView(serializers.Serializer[Any]):
     why = serializers.CharField(required=False, allow_null=True)
 
 
+class ListedExecution(serializers.Serializer[Any]):
+    """An execution in a list, without its output. Times are Unix milliseconds."""
+
+    devbox_id = serializers.CharField()
+    execution_id = serializers.CharField()
+    status = serializers.ChoiceField(choices=STATUSES)
+    shell_name = serializers.CharField(allow_null=True)
+    command_id = serializers.CharField(allow_null=True, help_text="The caller's own id of it.")
+    command = serializers.CharField(help_text="Its first 1,024 characters.")
+    command_truncated = serializers.BooleanField()
+    exit_status = serializers.IntegerField(allow_null=True)
+    create_time_ms = serializers.IntegerField()
+    start_time_ms = serializers.IntegerField(allow_null=True)
+    end_time_ms = serializers.IntegerField(allow_null=True)
+    stdout_bytes = serializers.IntegerField(allow_null=True, help_text="What it wrote, kept or not.")
+    stderr_bytes = serializers.IntegerField(allow_null=True)
+    why = serializers.CharField(allow_null=True, help_text="The cause of its end where the exit status tells none.")
+
+
+class ExecutionListView(serializers.Serializer[Any]):
+    """A page of executions, newest first."""
+
+    executions = ListedExecution(many=True)
+    has_more = serializers.BooleanField()
+    total_count = serializers.IntegerField(required=False, allow_null=True)
+
+
 class SendStdInResult(serializers.Serializer[Any]):
     """Whether the command took it."""
 

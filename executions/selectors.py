@@ -42,6 +42,8 @@ class ExecutionView:
     out_hole: int | None
     err_hole: int | None
     stop_why: str | None
+    stop_group: bool
+    stop_by: dict[str, Any] | None
 
     @property
     def completed(self) -> bool:
@@ -72,13 +74,19 @@ class ExecutionView:
 
 _COLUMNS: Final = ", ".join(field.name for field in dataclasses.fields(ExecutionView))
 _READ: Final = f"SELECT {_COLUMNS} FROM executions_execution WHERE id = %s AND devbox_id = %s AND account_id = %s"
-_REASON: Final = [field.name for field in dataclasses.fields(ExecutionView)].index("reason")
+_JSON: Final = [n for n, field in enumerate(dataclasses.fields(ExecutionView)) if field.name in ("reason", "stop_by")]
+
+
+def parsed(value: Any) -> dict[str, Any] | None:
+    """A JSON column as a dict, however the driver gave it."""
+    found: dict[str, Any] | None = orjson.loads(value) if isinstance(value, str) else value
+    return found
 
 
 def _view(row: tuple[Any, ...]) -> ExecutionView:
     values = list(row)
-    if isinstance(values[_REASON], str):
-        values[_REASON] = orjson.loads(values[_REASON])
+    for place in _JSON:
+        values[place] = parsed(values[place])
     return ExecutionView(*values)
 
 

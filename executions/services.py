@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -156,29 +157,41 @@ def _attach(found: Sequence[tuple[Any, ...]], new: NewExecution, request_key: st
     return str(found[0][0])
 
 
-def request_kill(execution_id: str, *, group: bool) -> None:
-    """Record that the execution shall be stopped; its flow does it. Nothing happens to one that has ended."""
-    execution_flow.request(execution_id, {"stop_why": ASKED, "stop_group": group}, hint=False)
+def request_kill(execution_id: str, *, group: bool, by: Caller | None = None) -> None:
+    """Record that the execution shall be stopped; its flow does it. Nothing happens to one that has ended. `by`: who
+    asked for it, unless somebody else did before."""
+    columns: dict[str, object] = {"stop_why": ASKED, "stop_group": group}
+    if by is not None:
+        asked = {"key_id": by.key_id, "member_id": by.member_id, "at_ms": time.time_ns() // 1_000_000}
+        columns["stop_by"] = {name: value for name, value in asked.items() if value is not None}
+    execution_flow.request(execution_id, columns, hint=False)
 
 
 # The reason of a stop that was wanted explains the death; outputs that did not come with the exit are to be stored.
-_FINISH: Final = f"""
+# The spawn's own settle is mostly overtaken by this: the lease then tells who it was, and since when.
+_FINISH: Final = rf"""
 UPDATE executions_execution e
    SET status = 'completed', completed_at = now(), exit_status = x.code,
        deadline_at = CASE WHEN x.kept = 'host' THEN now() + interval '{STORE_WITHIN_SECONDS:g} s' END,
        reason = CASE WHEN e.stop_why IS NOT NULL AND x.code <> 0 AND x.reason->>'kind' IS DISTINCT FROM 'lost'
-                     THEN jsonb_build_object('kind', e.stop_why) ELSE x.reason END,
+                     THEN jsonb_strip_nulls(jsonb_build_object('kind', e.stop_why, 'reported', x.reason))
+                     ELSE x.reason END,
        out_size = x.out_size, err_size = x.err_size, out_dropped = x.out_dropped, err_dropped = x.err_dropped,
        stdout = x.stdout, stderr = x.stderr, kept = x.kept, output_index = x.output_index,
+       stored_at = CASE WHEN x.kept = 'row' THEN now() END,
+       worker = coalesce(e.worker, substring(e.lease FROM '^(.*)\.[0-9]+\.[0-9]+$')),
+       placed_at = coalesce(e.placed_at, to_timestamp(substring(e.lease FROM '\.([0-9]+)\.[0-9]+$')::float8 / 1000)),
+       first_byte_at = to_timestamp(x.first_byte / 1000.0),
        started_at = coalesce(to_timestamp(x.started / 1000.0), e.started_at),
        exited_at = coalesce(to_timestamp(x.exited / 1000.0), now()),
        step = CASE WHEN x.kept = 'host' THEN 'store' ELSE 'done' END, step_since = now(),
        wake_at = CASE WHEN x.kept = 'host' THEN now() END, wakes = e.wakes + 1, attempts = 0,
        lease = NULL, lease_until = NULL, error_code = NULL, error_detail = NULL
   FROM unnest(%s::text[], %s::text[], %s::text[], %s::int[], %s::jsonb[], %s::bigint[], %s::bigint[], %s::bigint[],
-              %s::bigint[], %s::bytea[], %s::bytea[], %s::text[], %s::bigint[], %s::bigint[], %s::bytea[])
+              %s::bigint[], %s::bytea[], %s::bytea[], %s::text[], %s::bigint[], %s::bigint[], %s::bytea[],
+              %s::bigint[])
        AS x(id, box, host, code, reason, out_size, err_size, out_dropped, err_dropped, stdout, stderr, kept, started,
-            exited, output_index)
+            exited, output_index, first_byte)
  WHERE e.id = x.id AND e.devbox_id = x.box AND e.host_id = x.host AND e.completed_at IS NULL
 RETURNING e.id, e.devbox_id, e.step, e.stop_why
 """
@@ -218,6 +231,7 @@ def finish_executions(events: Sequence[ExitEvent]) -> list[str]:
             [event.started_at_ms for event in batch],
             [event.exited_at_ms for event in batch],
             [event.index for event in batch],
+            [event.first_byte_at_ms for event in batch],
         ),
     )
     if len(finished) < len(batch):

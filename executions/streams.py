@@ -227,10 +227,14 @@ async def _follow(
                     if trailer is not None and trailer.get("resume", 0) > position:
                         position = trailer["resume"]
                         continue
-                    trouble = "the host ended the stream early"
+                    trouble = "the output has moved" if trailer and trailer.get("moved") else "the host ended it early"
             except (HostUnreachable, HostRefused, OutputMoved, StorageError) as error:
                 trouble = str(error)
             if trouble:
+                fresh = await in_database(read)
+                if fresh.kept != view.kept:  # it was stored, and the host keeps it no more: on from there, at once
+                    view = fresh
+                    continue
                 now = loop.time()
                 trouble_since = trouble_since or now
                 if now - trouble_since >= TROUBLE_SECONDS:

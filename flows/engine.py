@@ -14,11 +14,14 @@ The rules, which every flow may rely on and must keep:
 
 import itertools
 import logging
+import os
 import random
+import socket
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -37,13 +40,19 @@ RETRY_FIRST_SECONDS = 0.25
 RETRY_CAP_SECONDS = 30.0
 DETAIL_LIMIT = 2000
 
-_process = uuid.uuid4().hex[:12]
+_process = f"{socket.gethostname()[:64]}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 _count = itertools.count()
 
 
 def new_lease() -> str:
-    """A lease nobody else ever holds: the process and a counter."""
-    return f"{_process}.{next(_count)}"
+    """A lease nobody else ever holds: the process, the time in ms, a counter."""
+    return f"{_process}.{time.time_ns() // 1_000_000}.{next(_count)}"
+
+
+def holder(lease: str) -> tuple[str, datetime]:
+    """The process that a lease names, and when it took it, by that process's clock."""
+    process, at, _ = lease.rsplit(".", 2)
+    return process, datetime.fromtimestamp(int(at) / 1000, UTC)
 
 
 @dataclass(slots=True, kw_only=True)

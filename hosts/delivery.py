@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, TypeVar
 
 from django.db import InterfaceError, OperationalError
 
@@ -22,19 +22,22 @@ log = logging.getLogger(__name__)
 
 E = TypeVar("E")
 
+KIND_MAX: Final = 40
+DETAIL_MAX: Final = 1000
+MEMORY: Final = ("limit_bytes", "usage_bytes", "peak_bytes")
+
 
 def exit_event(host_id: str, wire: messages.ExitEvent) -> ExitEvent:
     """The event as owners see it."""
     found = outputs(wire)
     sizes = wire["sizes"]
     dropped = wire.get("dropped") or [0, 0]
-    reason = wire.get("reason")
     return ExitEvent(
         host_id=host_id,
         box=wire["box"],
         id=wire["id"],
         exit=wire["exit"],
-        reason=dict(reason) if reason is not None else None,
+        reason=told(wire.get("reason")),
         out_size=sizes[0],
         err_size=sizes[1],
         out_dropped=dropped[0],
@@ -44,18 +47,43 @@ def exit_event(host_id: str, wire: messages.ExitEvent) -> ExitEvent:
         started_at_ms=wire.get("started_at_ms"),
         exited_at_ms=wire.get("exited_at_ms"),
         index=index_records(wire) if found else None,
+        first_byte_at_ms=wire.get("first_byte_at_ms"),
     )
 
 
-def lost_event(host_id: str, box: str, execution_id: str, detail: str) -> ExitEvent:
-    """An execution that is surely gone without an exit anyone saw."""
-    reason = {"kind": "lost", "detail": detail}
+def told(reason: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A reason as it is kept: the fields that the protocol knows, bounded. It was made next to somebody's box."""
+    if reason is None:
+        return None
+    kept: dict[str, Any] = {"kind": _text(reason.get("kind"), KIND_MAX)}
+    if reason.get("detail"):
+        kept["detail"] = _text(reason["detail"], DETAIL_MAX)
+    return kept | _numbers(reason, ("signal", "kills", *MEMORY))
+
+
+def _text(value: object, most: int) -> str:
+    return str(value)[:most].replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+
+
+def _numbers(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, int]:
+    return {name: value for name in names if type(value := values.get(name)) is int and 0 <= value < 2**62}
+
+
+def lost_event(host_id: str, box: str, execution_id: str, detail: str, silent_since_ms: int | None = None) -> ExitEvent:
+    """An execution that is surely gone without an exit anyone saw; `silent_since_ms` when by its host's silence."""
+    reason: dict[str, Any] = {"kind": "lost", "detail": detail}
+    if silent_since_ms is not None:
+        reason["silent_since_ms"] = silent_since_ms
     return ExitEvent(host_id, box, execution_id, -1, reason, 0, 0, 0, 0, None, None, None, None)
 
 
 def box_exit_event(host_id: str, wire: messages.BoxExitEvent) -> BoxExitEvent:
     """The event as owners see it."""
-    return BoxExitEvent(host_id, wire["box"], wire.get("exit"), bool(wire.get("oom")), wire.get("at_ms"))
+    memory = wire.get("memory")
+    figures = _numbers(memory, ("kills", *MEMORY)) if isinstance(memory, dict) else None
+    return BoxExitEvent(
+        host_id, wire["box"], wire.get("exit"), bool(wire.get("oom")), wire.get("at_ms"), memory=figures
+    )
 
 
 def deliver(host_id: str, events: Iterable[messages.Event | dict[str, Any]]) -> list[tuple[str, str]]:

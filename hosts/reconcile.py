@@ -149,12 +149,15 @@ def _refusals_noted() -> Iterator[None]:
         log.warning("a correction was refused, the next report will tell: %s", error)
 
 
-def declare_lost(host_id: str, why: str) -> int:
-    """All that was expected on a host is lost: it was silent for LOST_AFTER. Returns how many boxes and commands."""
+def declare_lost(host_id: str, why: str, since_ms: int | None = None) -> int:
+    """All that was expected on a host is lost: it was silent for LOST_AFTER, since `since_ms`. Returns how many boxes
+    and commands."""
     rows = expected_on(host_id)
     now = int(time.time() * 1000)
     executions = [row for row in rows if isinstance(row, ExpectedExecution)]
     boxes = [row for row in rows if isinstance(row, ExpectedBox) and row.up]
-    delivery.deliver_exits(delivery.lost_event(host_id, row.box, row.id, why) for row in executions)
-    delivery.deliver_box_exits(BoxExitEvent(host_id, row.box, None, False, now, lost=why) for row in boxes)
+    delivery.deliver_exits(delivery.lost_event(host_id, row.box, row.id, why, since_ms) for row in executions)
+    delivery.deliver_box_exits(
+        BoxExitEvent(host_id, row.box, None, False, now, lost=why, silent_since_ms=since_ms) for row in boxes
+    )
     return len(executions) + len(boxes)

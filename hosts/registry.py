@@ -32,6 +32,8 @@ class ExitEvent:
     exited_at_ms: int | None
     index: bytes | None = None
     """When the outputs came, as `hostd.messages.INDEX_RECORD` describes it; None when nobody can tell."""
+    first_byte_at_ms: int | None = None
+    """When the first byte of output came; None when there was none, or nobody can tell."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,6 +47,10 @@ class BoxExitEvent:
     at_ms: int | None
     lost: str | None = None
     """Why it is gone when no host reported its exit (host rebooted, silent for too long); None: reported."""
+    silent_since_ms: int | None = None
+    """When its host was last heard, when it is lost by silence."""
+    memory: dict[str, int] | None = None
+    """With `oom`: kills, limit_bytes, usage_bytes, peak_bytes, as far as its host could tell."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -49,8 +49,8 @@ _SEEN = """
     RETURNING set_config('synchronous_commit', 'off', true)
 """
 _IS_SILENT = """
-    SELECT FROM hosts_host WHERE id = %s AND watcher = %s AND lost_at IS NULL
-       AND seen_at < clock_timestamp() - make_interval(secs => %s)
+    SELECT (extract(epoch FROM seen_at) * 1000)::bigint FROM hosts_host
+     WHERE id = %s AND watcher = %s AND lost_at IS NULL AND seen_at < clock_timestamp() - make_interval(secs => %s)
 """
 _LOST = "UPDATE hosts_host SET lost_at = clock_timestamp() WHERE id = %s AND watcher = %s"
 _HELLO = """
@@ -271,9 +271,11 @@ class HostWatch:
         try:
             with connection.cursor() as cursor:
                 cursor.execute(_IS_SILENT, [self.host_id, self.watcher, limit])
-                if cursor.fetchone() is None:
+                found = cursor.fetchone()
+                if found is None:
                     return
-                count = reconcile.declare_lost(self.host_id, f"its host has been silent for {limit:.0f} s")
+                why = f"its host has been silent for {limit:.0f} s"
+                count = reconcile.declare_lost(self.host_id, why, found[0])
                 cursor.execute(_LOST, [self.host_id, self.watcher])
             log.error("host %s is silent for %.0f s: %d of its boxes and commands are lost", self.host_id, limit, count)
         except DatabaseError as error:
