@@ -142,10 +142,10 @@ class DevboxFlow(Flow[DevboxRow]):
             return None
         if row.host_id is not None and not placement.is_heard(row.host_id):
             if host_is_lost(row.host_id):
-                return fail("health_check_failed", f"its host was lost while it was in {row.step}")
+                return _host_lost(row.host_id, f"its host was lost while it was in {row.step}")
             if row.now - row.step_since < timedelta(seconds=seconds + settings.BERTH.LOST_AFTER):
                 return Wait(SILENCE_LOOK_SECONDS, {"deadline_at": DatabaseNow(seconds)})
-            return fail("health_check_failed", f"its host was not heard for too long while it was in {row.step}")
+            return _host_lost(row.host_id, f"its host was not heard for too long while it was in {row.step}")
         last = f"; the last trouble was: {row.why}" if row.why else ""
         if row.step == states.PLACE:
             return fail("health_check_failed", f"no host had room for it within {seconds:g} s{last}", "no_room")
@@ -171,7 +171,7 @@ class DevboxFlow(Flow[DevboxRow]):
         if isinstance(error, SealBroken):
             return fail("execution_failed", f"what it was made with cannot be read any more: {error}", "sealed")
         if isinstance(error, HostUnreachable) and row.host_id and host_is_lost(row.host_id):
-            return fail("health_check_failed", f"its host was lost: {error.reason}", "host_lost")
+            return _host_lost(row.host_id, f"its host was lost: {error.reason}")
         return None
 
     # The steps.
@@ -325,6 +325,12 @@ def host_is_lost(host_id: str) -> bool:
             pk=host_id, state__in=[HostState.READY, HostState.RETIRING, HostState.ENROLLING]
         ).exists()
     )
+
+
+def _host_lost(host_id: str, why: str) -> Next:
+    seen_at = Host.objects.values_list("seen_at", flat=True).filter(pk=host_id).first()
+    since = int(seen_at.timestamp() * 1000) if seen_at else None
+    return fail("health_check_failed", why, "host_lost", silent_since_ms=since)
 
 
 def _is_lost(row: DevboxRow) -> bool:

@@ -526,6 +526,8 @@ class FakeHost:
         if execution.state == "running":
             return answer | {"pid": 4242}
         answer |= {"exit": execution.exit, "reason": execution.reason, "exited_at_ms": execution.exited_at_ms}
+        if any(answer["sizes"]):
+            answer["first_byte_at_ms"] = execution.exited_at_ms
         if sum(answer["sizes"]) <= messages.INLINE_MAX:
             answer["stdout"] = base64.b64encode(execution.stdout).decode()
             answer["stderr"] = base64.b64encode(execution.stderr).decode()
