@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('devboxes', '0002_phases'),
+        ('devboxes', '0001_initial'),
         ('executions', '0002_output_index'),
         ('hosts', '0001_initial'),
     ]
