@@ -20,13 +20,14 @@ from hostd import log_verbs, packets, polling, requests
 from hostd.execution import Execution
 from hostd.executions import Executions
 from hostd.requests import Refused
-from hostd.streams import Stream, last_lines
-from hostd.transfers import Transfers
+from hostd.streams import FileRange, Stream, last_lines
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
+
+    Verb = Callable[["Client", dict[str, Any], bytes], None]
 
 MAX_CLIENTS = 512
 BODY_BUDGET = 32 << 20
@@ -43,15 +44,6 @@ STALL_S = 600.0
 """For a client that takes none of the bytes it asked for."""
 
 
-class FileRange:
-    """Bytes of a stream that are to be sent."""
-
-    __slots__ = ("left", "offset", "stream")
-
-    def __init__(self, stream: Stream, offset: int, left: int) -> None:
-        self.stream, self.offset, self.left = stream, offset, left
-
-
 class Follow:
     """One follower of one stream."""
 
@@ -65,9 +57,11 @@ class Clients:
     """All connections of a keeper."""
 
     def __init__(
-        self, poller: polling.Poller, executions: Executions, transfers: Transfers, box: Callable[[], str | None]
+        self, poller: polling.Poller, executions: Executions, others: dict[str, Verb], box: Callable[[], str | None]
     ) -> None:
-        self.poller, self.executions, self.transfers, self.box = poller, executions, transfers, box
+        """`others`: the verbs that have nothing to do with commands."""
+        self.poller, self.box = poller, box
+        self.verbs = {name: _with(executions, verb) for name, verb in VERBS.items()} | others
         self.all: set[Client] = set()
         self.body_bytes = 0
 
@@ -173,6 +167,12 @@ class Client:
         rest, self._buffer = bytes(self._buffer), bytearray()
         return os.dup(self._descriptor), rest
 
+    def release(self) -> tuple[int, bytes]:
+        """Part with the connection: return a descriptor for it and what was read of it already."""
+        rest, descriptor = bytes(self._buffer), os.dup(self._descriptor)
+        self.close()
+        return descriptor, rest
+
     def take_back(self, refusal: Refused) -> None:
         """The other process never came to be: answer in its place, and hang up."""
         self._gone = None
@@ -260,15 +260,15 @@ class Client:
         self._state = "busy"
         request = self._request
         try:
-            verb = VERBS.get(str(request.get("verb")))
+            verb = self._clients.verbs.get(str(request.get("verb")))
             if verb is None:
                 raise Refused("unknown_verb", f"no verb {str(request.get('verb'))[:64]!r} for a box")
-            name = self._clients.box()
-            if name is None:
+            box = self._clients.box()
+            if box is None:
                 raise Refused("not_ready", "the box has no name yet")
-            if request.get("box") != name:
+            if request.get("box") != box:
                 raise Refused("unknown_box", "this is the keeper of another box")
-            verb(self, self._clients.executions, request, body)
+            verb(self, request, body)
         except Refused as refusal:
             self.answer(refusal.reply())
         except OSError as error:
@@ -434,13 +434,13 @@ class Client:
             self._follow.stream.watchers.remove(self._pump)
             self._follow = None
 
-    def move_file(self, request: dict[str, Any]) -> None:
-        """Let a process in the box answer this request; see transfers.py."""
-        self._clients.transfers.start(self, request)
-
     def hold(self, seconds: float, call: Callable[[], None]) -> None:
         """Make one call later, unless the connection ends before."""
         self._timer = self._clients.poller.after(seconds, call)
+
+
+def _with(executions: Executions, verb: Callable[[Client, Executions, dict[str, Any], bytes], None]) -> Verb:
+    return lambda client, request, body: verb(client, executions, request, body)
 
 
 # --- verbs: (client, executions, request, body)
@@ -570,10 +570,6 @@ def _list(client: Client, executions: Executions, request: dict[str, Any], body:
     client.answer({"ok": True, "executions": listed})
 
 
-def _file(client: Client, executions: Executions, request: dict[str, Any], body: bytes) -> None:
-    client.move_file(request)
-
-
 VERBS: dict[str, Callable[[Client, Executions, dict[str, Any], bytes], None]] = {
     "spawn": _spawn,
     "state": _state,
@@ -587,9 +583,12 @@ VERBS: dict[str, Callable[[Client, Executions, dict[str, Any], bytes], None]] = 
     "index": log_verbs.index,
     "sizes": log_verbs.sizes,
     "changes": log_verbs.changes,
-    "file": _file,
 }
-BODY_LIMITS = {"spawn": requests.SPAWN_BODY_BYTES, "stdin": requests.STDIN_BYTES}
+BODY_LIMITS = {
+    "spawn": requests.SPAWN_BODY_BYTES,
+    "stdin": requests.STDIN_BYTES,
+    "terminal": 2 * requests.ENVIRONMENT_BYTES,
+}
 
 
 def decoded_rest(message: dict[str, Any]) -> bytes:

@@ -26,6 +26,7 @@ from hostd.memory import Memory
 from hostd.procs import signals
 from hostd.spawner import Shell
 from hostd.spawner_link import SpawnerLink
+from hostd.terminals import Terminals
 from hostd.transfers import Transfers
 
 TYPE_CHECKING = False
@@ -150,7 +151,9 @@ class Keeper:
             self._park,
             self._announce,
         )
-        self.clients = Clients(self.poller, self.executions, Transfers(self.poller, self.spawner), self.box)
+        self.terminals = Terminals(self.poller, self.spawner)
+        others: dict[str, Any] = {"file": Transfers(self.poller, self.spawner).start, "terminal": self.terminals.handle}
+        self.clients = Clients(self.poller, self.executions, others, self.box)
         self._kills_before = self._memory.kills()
         self.poller.on(given.link.fileno(), lambda _: self._on_zygote())
         self.executions.recover(given.parked, given.exits, given.orphans, given.proof)
@@ -184,6 +187,7 @@ class Keeper:
     def _tick(self) -> None:
         self.poller.after(TICK_S, self._tick)
         self.clients.sweep()
+        self.terminals.sweep()
         self.spawner.bury_strangers()
         self.executions.tidy()
         self._kills_before = self._memory.kills()
@@ -196,6 +200,7 @@ class Keeper:
         oom = self._memory.kills() > self._kills_before
         self.journal.write("", {"box_exit": {"init": self._init_pid, "oom": oom, "at_ms": int(time.time() * 1000)}})
         self.spawner.stop()
+        self.terminals.box_gone()
         for link in self._links:
             link.box_exit = True
             self._flush(link)

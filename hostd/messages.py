@@ -62,7 +62,22 @@ HOST_VERBS: Final = frozenset(
     {"hello", "report", "prepare_disk", "boot", "destroy", "watch", "set_warm", "ship", "restart"}
 )
 BOX_VERBS: Final = frozenset(
-    {"spawn", "state", "kill", "ack", "forget", "follow", "read", "stdin", "list", "index", "sizes", "changes", "file"}
+    {
+        "spawn",
+        "state",
+        "kill",
+        "ack",
+        "forget",
+        "follow",
+        "read",
+        "stdin",
+        "list",
+        "index",
+        "sizes",
+        "changes",
+        "file",
+        "terminal",
+    }
 )
 VERBS: Final = HOST_VERBS | BOX_VERBS
 
@@ -80,6 +95,7 @@ ErrorCode = Literal[
     "no_slot",  # all box numbers of the host are taken
     "lost",  # it cannot be proven what became of the request's effect
     "internal",
+    "attached",  # the terminal has a client
     # What a file in a box can have against being read or written:
     "no_such_file",
     "not_a_file",  # a directory, a FIFO, a device
@@ -441,17 +457,14 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
     "index": {"box": (is_box_id, True), "id": (is_work_id, True), "late": (_flag, False)},
     "sizes": {"box": (is_box_id, True)},
     "changes": {"box": (is_box_id, True)},
-    # One file of the box, by its user: the answers are told in hostd/files.py.
-    "file": {
+    # Their further fields are the keeper's to check; what they are answered is told in hostd/terminals.py and files.py.
+    "terminal": {
         "box": (is_box_id, True),
-        "op": (_one_of("read", "write"), True),
-        "user": (lambda value: isinstance(value, dict), True),
-        "path64": (_matches(re.compile(r"[A-Za-z0-9+/]{0,5600}={0,2}")), False),
-        "offset": (_whole(-(2**62), 2**62), False),
-        "length": (_size, False),
-        "limit": (_size, False),
-        "text": (_flag, False),
+        "op": (_one_of("open", "attach", "resize", "signal", "close"), True),
+        "session": (_matches(re.compile(r"[A-Za-z0-9_-]{1,256}")), True),
+        "body": (_whole(0, 512 * 1024), False),
     },
+    "file": {"box": (is_box_id, True), "op": (_one_of("read", "write"), True)},
 }
 
 

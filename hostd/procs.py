@@ -1,6 +1,7 @@
 """Raw process primitives for the zygote, the keepers and the spawners.
 
-In charge of: the system calls Python does not offer (clone, setns, seccomp, capset, prctl, PIDFD_GET_INFO, fallocate),
+In charge of: the system calls Python does not offer (clone, setns, seccomp, capset, prctl, PTMX = os.makedev(5, 2)
+PIDFD_GET_INFO, fallocate),
 reading a process's facts from /proc, and a process's visible name.
 Not in charge of: deciding anything. Imports ctypes and nothing else of size: every keeper carries what is imported
 here.
@@ -15,6 +16,7 @@ import errno
 import fcntl
 import os
 import resource
+import stat
 import struct
 
 TYPE_CHECKING = False
@@ -50,6 +52,7 @@ PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 LAST_CAPABILITY = 63
 P_PIDFD = 3
+PTMX = os.makedev(5, 2)
 FIONREAD = 0x541B
 
 PIDFD_GET_INFO = 0xC0_40_FF_0B  # _IOWR(0xFF, 11, struct pidfd_info), the first version's 64 bytes
@@ -183,6 +186,12 @@ def bytes_in_pipe(descriptor: int) -> int:
     cell = bytearray(4)
     fcntl.ioctl(descriptor, FIONREAD, cell)
     return int(struct.unpack("i", cell)[0])
+
+
+def is_master(descriptor: int) -> bool:
+    """Is this the master side of a pty?"""
+    facts = os.fstat(descriptor)
+    return stat.S_ISCHR(facts.st_mode) and facts.st_rdev == PTMX
 
 
 def start_time(pid: int) -> int | None:

@@ -41,6 +41,7 @@ JOIN_PIECES = 'IFS=; set -- "$*"; unset IFS; eval "shift;$1"'
 
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
 _ID_CHARACTERS = _LETTERS | frozenset("0123456789")
+_SESSION_CHARACTERS = _ID_CHARACTERS | frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ-_")
 _SIGNALS = frozenset(range(1, 32))
 
 
@@ -133,6 +134,19 @@ def stream_number(request: dict[str, Any]) -> int:
     if value == "stderr":
         return 2
     raise bad("stream must be stdout or stderr")
+
+
+def session(request: dict[str, Any]) -> str:
+    """Return the `session` field: a terminal's name."""
+    value = request.get("session")
+    if not isinstance(value, str) or not 1 <= len(value) <= 256 or not _SESSION_CHARACTERS.issuperset(value):
+        raise bad("session must be 1 to 256 of A-Z a-z 0-9 - _")
+    return value
+
+
+def size(request: dict[str, Any]) -> tuple[int, int]:
+    """Return the `cols` and `rows` fields."""
+    return whole(request, "cols", 1, 1000), whole(request, "rows", 1, 1000)
 
 
 def signal_number(request: dict[str, Any]) -> int:

@@ -22,9 +22,12 @@ from __future__ import annotations
 import _socket
 import binascii
 import errno
+import fcntl
 import os
 import stat
+import struct
 import sys
+import termios
 import time
 
 from hostd import files, packets, procs
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 NAME = "boxd"
 """What `ps` shows. No word in it that a `pkill -f` of somebody's own program would match."""
 SOCKET = 3
+TIOCSPTLCK = 0x40045431
+TIOCGPTPEER = 0x5441
 KEPT_CAPABILITIES = 1 << 0 | 1 << 6 | 1 << 7  # CAP_CHOWN, CAP_SETGID, CAP_SETUID
 ENTER_TRIES = 50
 """setns gives EPERM now and then while the box's init is still becoming it; a try every 2 ms."""
@@ -151,6 +156,7 @@ def serve(sock: _socket.socket) -> None:
     the pipes, or {"n", "failed": text}: nothing was started. A child that cannot exec says {"exec_failed": n, "detail"}
     itself.
     Request: {"n", "file": task, rest64, name, uid, gid} + the client's connection: see files.py. Answer: a pidfd.
+    Request: {"n", "terminal": [cols, rows], argv, env, …}. Answer: a pidfd and the master of a pty.
     """
     packets.send(sock, {"up": True})
     while True:
@@ -162,6 +168,8 @@ def serve(sock: _socket.socket) -> None:
             os.close(descriptors.pop(0))
         if "file" in request:
             _start_file(sock, request, descriptors)
+        elif "terminal" in request:
+            _start_shell(sock, request)
         else:
             _start(sock, request, descriptors)
 
@@ -195,6 +203,33 @@ def _move_file(request: dict[str, Any], connection: int) -> NoReturn:
         files.work(request["file"], connection, binascii.a2b_base64(request["rest64"]))
     finally:
         os._exit(1)
+
+
+def _start_shell(sock: _socket.socket, request: dict[str, Any]) -> None:
+    """Start a program on a terminal of its own. It is our child: the terminal's hang-up ends it."""
+    opened: list[int] = []
+    try:
+        # Whatever the box's root has put in its place must not stop us; the keeper looks at what it is given.
+        master = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+        opened.append(master)
+        fcntl.ioctl(master, TIOCSPTLCK, struct.pack("i", 0))
+        fcntl.ioctl(
+            master, termios.TIOCSWINSZ, struct.pack("HHHH", request["terminal"][1], request["terminal"][0], 0, 0)
+        )
+        slave = fcntl.ioctl(master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        opened.append(slave)
+        os.fchown(slave, request["uid"], -1)
+        pid, pidfd = procs.clone_child_with_pidfd()
+        if pid == 0:
+            os.setsid()
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+            _become(sock, request, slave, slave, slave)
+        opened.append(pidfd)
+        packets.send(sock, {"n": request["n"], "ends": ["master", "pidfd"]}, [master, pidfd])
+    except OSError as error:
+        packets.send(sock, {"n": request["n"], "failed": error.strerror or str(error)})
+    finally:
+        packets.close_all(opened)
 
 
 def _start(sock: _socket.socket, request: dict[str, Any], given: list[int]) -> None:
@@ -268,7 +303,8 @@ def _become(sock: _socket.socket, request: dict[str, Any], stdin: int, stdout: i
 
 def _take_ids(request: dict[str, Any]) -> None:
     uid, gid = request["uid"], request["gid"]
-    os.setsid()
+    if "terminal" not in request:  # it has its session already
+        os.setsid()
     os.setgroups(_groups(request["name"], gid))
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)

@@ -34,7 +34,7 @@ GIVE_UP_S = 10.0
 BACK_OFF_S = (0.0, 0.005, 0.02, 0.1, 0.5, 1.0)
 KILL_WAIT_S = 0.3
 LONG_BYTES = 120_000
-ROLES = frozenset(("pidfd", "1", "2", "stdin"))
+ROLES = frozenset(("pidfd", "1", "2", "stdin", "master"))
 
 
 class Order:
@@ -220,9 +220,11 @@ class SpawnerLink:
             raise ValueError(f"{len(descriptors)} descriptors for {roles!r}")
         ends = dict(zip(roles, descriptors, strict=True))
         pidfd = ends.pop("pidfd")
-        if procs.pid_of(pidfd) <= 0 or not all(streams.is_pipe(end) for end in ends.values()):
-            raise ValueError("not a process and pipes")
-        order = self._asked.pop(message["n"])
+        order = self._asked[message["n"]]
+        fitting = [procs.is_master(end) if role == "master" else streams.is_pipe(end) for role, end in ends.items()]
+        if procs.pid_of(pidfd) <= 0 or not all(fitting) or ("master" in ends) != ("terminal" in order.message):
+            raise ValueError("not a process and what belongs to it")
+        del self._asked[message["n"]]
         order.close()
         self._recent[message["n"]] = order
         while len(self._recent) > IN_FLIGHT * 8:

@@ -357,6 +357,15 @@ def is_pipe(descriptor: int) -> bool:
     return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
 
 
+class FileRange:
+    """Bytes of a stream that are to be sent."""
+
+    __slots__ = ("left", "offset", "stream")
+
+    def __init__(self, stream: Stream, offset: int, left: int) -> None:
+        self.stream, self.offset, self.left = stream, offset, left
+
+
 def last_lines(stream: Stream, count: int, limit: int) -> int:
     """Return the offset of the last `count` lines, at most `limit` bytes before the end."""
     floor = max(0, stream.size - limit)

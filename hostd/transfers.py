@@ -41,7 +41,7 @@ class Transfers:
         self._poller, self._spawner = poller, spawner
         self._active = 0
 
-    def start(self, client: Client, request: dict[str, Any]) -> None:
+    def start(self, client: Client, request: dict[str, Any], body: bytes) -> None:
         """Have the request answered. Raises Refused when it is wrong or there are too many."""
         who, _ = requests.user(request)
         task = requests.file_task(request)
