@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config.state import State
-from hostd.config import HostConfig, from_dict, install_lock
+from hostd.config import HostConfig, from_dict, install_lock, installs_on_machine
 
 #: Settings of the kernel that a VM host changes; compared before and after.
 _SYSCTLS = (
@@ -82,7 +82,10 @@ def find(marks: Marks) -> list[str]:
 
 
 def _of_host(host: HostConfig) -> list[str]:
-    found = [f"folder {path}" for path in (host.run, host.root) if os.path.lexists(path)]
+    found = [f"folder {host.root}"] if os.path.lexists(host.root) else []
+    if installs_on_machine().get(host.install, host.root) != host.root:
+        return found  # its number is another's by now, and with it all that is called after it
+    found += [f"folder {host.run}"] if os.path.lexists(host.run) else []
     if Path(install_lock(host.install)).exists():
         found.append(f"lock {install_lock(host.install)}")
     tables = _output("nft", "list", "tables")
