@@ -48,6 +48,12 @@ def summary(run: Run) -> str:
         "answers     " + ", ".join(f"{count} × {status}" for status, count in sorted(run.caller.statuses.items())),
         f"outages     {len(run.outages)}, {sum(run.outages):.1f} s; the longest {max(run.outages, default=0.0):.1f} s",
     ]
+    late = sorted((command for command in run.commands if not command.job.name.startswith("c")), key=lambda c: c.late)
+    if late:
+        lines.append(
+            f"late        {late[len(late) // 2].late:.1f} s half of the commands, {late[-1].late:.1f} s the latest"
+        )
+        lines += [f"            {c.late:6.1f} s from {c.began:.1f} to {c.ended:.1f}: {c.title}" for c in late[-4:]]
     most: dict[str, float] = {}
     for name, sample in run.memory.items():
         role = name.split()[0]
@@ -60,13 +66,13 @@ def main() -> int:
     what = parse()
     print(f"chaos: {what}, plan {plan.digest(what)}", flush=True)
     with throwaway(BERTH_POOL_GB=str(POOL_GB)) as target:
-        run = Run(Site(target.up.state, target.base_url, target.key, target.up.said), what)
+        run = Run(Site(target.up, target.base_url, target.key), what)
         began = time.monotonic()
         asyncio.run(check.torment(run))
         print(f"\n{summary(run)}\ntook        {time.monotonic() - began:.0f} s")
+        folder = CHECKOUT / "build" / "chaos" / f"seed-{what.seed}"
+        evidence.keep(run, folder)
         if run.findings:
-            folder = CHECKOUT / "build" / "chaos" / f"seed-{what.seed}"
-            evidence.keep(run, folder)
             print(f"\n{len(run.findings)} findings with {what}; evidence in {folder}:")
             print("\n".join(run.findings))
             return 1

@@ -78,6 +78,8 @@ def _command(run: Run, command: Command) -> None:
             run.find(f"{title}: killed, and its exit status is {status}: {final.get('why')}")
         elif status == 137 and whole != 137 and not final.get("why"):
             run.find(f"{title}: it was killed, and nothing says why it ended")
+    elif command.job.ending == "hog" and "memory" not in str(final.get("why")):
+        run.find(f"{title}: it took more memory than there is and ended with {status}: {final.get('why')}")
     elif status != whole:
         run.find(f"{title}: its exit status is {status} instead of {whole}: {final.get('why')}")
 

@@ -109,7 +109,8 @@ class Caller:
                 self.note(f"a wait for completed was answered 200 with {answer.text[:200]}")
             return True
         if answer.status_code == 408:
-            if time.monotonic() - began < seconds - 0.5:
+            early = time.monotonic() - began < seconds - 0.5
+            if early and answer.json().get("code") != "interrupted":  # as one is by a server that is being stopped
                 self.note(f"a wait of {seconds:.1f} s was answered 408 after {time.monotonic() - began:.1f} s")
         elif answer.status_code < 500 and answer.status_code not in AGAIN:
             raise GivenUp(f"{path}/wait_for_status: {answer.status_code} {answer.text[:300]}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import random
 import sys
 import time
@@ -18,11 +19,13 @@ from typing import Any
 from tests.chaos import plan, writer
 from tests.chaos.client import Caller, GivenUp, together
 from tests.chaos.faults import Striker
+from tests.chaos.replicas import NAMES, Replicas
 from tests.chaos.site import Site, children, memory_mb
 
 #: What is asked for after the last fault must have come to its end within so many seconds, whatever was going on.
 SETTLE_SECONDS = 100.0
 STREAMS = ("stdout", "stderr")
+CHURNS = 3
 SMALL = {"launch_parameters": {"resource_size_request": "X_SMALL"}}
 
 
@@ -46,6 +49,12 @@ class Command:
     @property
     def path(self) -> str:
         return f"/v1/devboxes/{self.box}/executions/{self.id}"
+
+    @property
+    def late(self) -> float:
+        """Seconds that it took beyond those it was to run."""
+        job = self.job
+        return self.ended - self.began - (job.after or job.count * job.gap) if self.ended else 0.0
 
     @property
     def title(self) -> str:
@@ -96,6 +105,13 @@ class Run:
 
     async def run(self) -> None:
         """All of it, until the last command has ended and the devboxes are asked to go."""
+        with Replicas(self.site) as replicas:
+            for name in NAMES:
+                self.striker.more[name] = functools.partial(replicas.pids, name)
+            await self._run()
+        self.say(f"{len(self.commands)} commands have ended")
+
+    async def _run(self) -> None:
         self.boxes = await together(*(self._create(f"steady-{n}") for n in range(self.plan.boxes)))
         self.striker.began = self.began = time.monotonic()
         stop = asyncio.Event()
@@ -105,14 +121,13 @@ class Run:
             await together(
                 self._strike_all(),
                 *(self._slot(number) for number in range(self.plan.commands)),
-                *(self._churn(number) for number in range(2)),
+                *(self._churn(number) for number in range(CHURNS)),
             )
         finally:
             self.striker.undo()
             stop.set()
         self.outages = await probing
         await weighing
-        self.say(f"{len(self.commands)} commands have ended")
 
     @property
     def _over(self) -> bool:
@@ -235,7 +250,16 @@ class Run:
                     self.every_box.add(box)
                     await asyncio.sleep(rng.uniform(0.0, 0.3))
                 else:
-                    box = await self._create(name)
+                    content = f"{name}\n"
+                    box = await self._create(
+                        name,
+                        file_mounts={"/home/user/mounted": content},
+                        launch_parameters={**SMALL["launch_parameters"], "launch_commands": ["cp mounted launched"]},
+                    )
+                    body = {"command": "cat mounted launched"}
+                    done = await self.caller.call("POST", f"/v1/devboxes/{box}/execute_sync", body, hold=60)
+                    if done["stdout"] != content * 2:
+                        self.find(f"{name} runs without what it was to be launched with: {done}")
                     quick = plan.Job(f"c{number}.{count}q", 0, 3, 30, 0.0, 1, False, "exit", 7, "poll")
                     cut = plan.Job(f"c{number}.{count}s", 0, 5000, 60, 0.1, 2, False, "stay", 0, "follow", after=0.0)
                     staying = asyncio.create_task(self._cut_short(cut, box))

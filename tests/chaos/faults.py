@@ -30,7 +30,9 @@ class Striker:
         #: slot -> when its keeper, its spawner or the zygote was hit; "" stands for all slots
         self.on_boxes: list[tuple[float, str]] = []
         self._frozen: set[Process] = set()
-        self._cut = False
+        #: role -> the pids of those that run beside the supervisor's
+        self.more: dict[str, Callable[[], set[int]]] = {}
+        self._cut: set[int] = set()
 
     def strike(self, fault: Fault) -> None:
         """Do it. A fault that lasts is kept up for its time, so call it from a thread of its own."""
@@ -38,7 +40,7 @@ class Striker:
         if verb == "flush":
             self._note(fault, (), self._flush())
         elif verb == "cut":
-            self._hold_cut(fault)
+            self._hold_cut(fault, self.site.ports[what])
         elif fault.kind == "kill postgres backend":
             self._note(fault, (), self._kill_backend(fault))
         else:
@@ -47,7 +49,7 @@ class Striker:
                 self._freeze(fault, victims)
             else:
                 self._note(fault, tuple(one.pid for one in victims), "" if victims else "nobody there")
-                number = signal.SIGINT if verb == "restart" else signal.SIGKILL
+                number = {"restart": signal.SIGINT, "stop": signal.SIGTERM}.get(verb, signal.SIGKILL)
                 for one in victims:
                     self._signal(one, number)
 
@@ -55,8 +57,8 @@ class Striker:
         """Let everything go on, whatever happened."""
         for one in list(self._frozen):
             self._signal(one, signal.SIGCONT)
-        if self._cut:
-            self._end_cut()
+        for port in list(self._cut):
+            self._end_cut(port)
 
     # -- victims -------------------------------------------------------------------------------------------------------
 
@@ -64,8 +66,12 @@ class Striker:
         site, roles = self.site, self.site.roles()
         pids: list[int | None]
         match what:
-            case "web":
-                pids = [roles.get("web"), *children(roles.get("web", 0))]
+            case "web" if fault.kind == "stop web":
+                pids = [roles.get("web")]
+            case "web" | "postgres" if fault.kind in ("kill web", "freeze web", "freeze postgres"):
+                pids = [roles.get(what), *children(roles.get(what, 0))]
+            case "worker" | "watcher":
+                pids = self._one(sorted({roles.get(what, 0), *self.more.get(what, lambda: set())()} - {0}), fault)
             case "web worker":
                 pids = self._one(sorted(children(roles.get("web", 0))), fault)
             case "web master":
@@ -144,9 +150,8 @@ class Striker:
                 return f"pid {pid}"
         return "nobody there"
 
-    def _hold_cut(self, fault: Fault) -> None:
-        """Packets to and from our own sshd are dropped, as a network that went away would: nobody is told."""
-        port = self.site.ssh_port
+    def _hold_cut(self, fault: Fault, port: int) -> None:
+        """Packets to and from a server of ours are dropped, as a network that went away would: nobody is told."""
         rules = f"""
         table inet {_TABLE}_{port} {{
             chain input {{
@@ -156,17 +161,15 @@ class Striker:
             }}
         }}"""
         self._note(fault, (), f"port {port} for {fault.lasts:.1f} s")
-        self._cut = True
+        self._cut.add(port)
         subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True, capture_output=True, timeout=10)
         time.sleep(fault.lasts)
-        self._end_cut()
+        self._end_cut(port)
 
-    def _end_cut(self) -> None:
-        subprocess.run(
-            ["nft", "delete", "table", "inet", f"{_TABLE}_{self.site.ssh_port}"],
-            check=False, capture_output=True, timeout=10,
-        )  # fmt: skip
-        self._cut = False
+    def _end_cut(self, port: int) -> None:
+        argv = ["nft", "delete", "table", "inet", f"{_TABLE}_{port}"]
+        subprocess.run(argv, check=False, capture_output=True, timeout=10)
+        self._cut.discard(port)
 
     # -- the timeline --------------------------------------------------------------------------------------------------
 

@@ -48,13 +48,23 @@ KINDS: dict[str, Kind] = {
     "kill zygote": Kind(1, "zygote", 8),
     "kill maker": Kind(1, "maker", 3),
     "flush redis": Kind(2, "flush", 1),
+    "stop worker": Kind(1, "worker", 2),
+    "stop watcher": Kind(1, "watcher", 2),
+    "stop web": Kind(1, "web", 3),
+    "stop hostd": Kind(1, "hostd", 2),
     "freeze worker": Kind(2, "worker", 2, (3, 14)),
     "freeze watcher": Kind(1, "watcher", 2, (2, 9)),
-    "freeze hostd": Kind(1, "hostd", 2, (1, 6)),
+    "freeze hostd": Kind(1, "hostd", 2, (1, 13)),
     "freeze web": Kind(1, "web", 3, (1, 6)),
     "freeze redis": Kind(1, "redis", 4, (1, 5)),
     "freeze keeper": Kind(1, "keeper", 1, (1, 5)),
-    "cut ssh": Kind(2, "cut", 8, (1, 7)),
+    "freeze zygote": Kind(1, "zygote", 8, (1, 5)),
+    "freeze postgres": Kind(1, "postgres", 12, (1, 6)),
+    "freeze s3": Kind(1, "s3", 6, (1, 8)),
+    "freeze ssh connection": Kind(2, "connection", 0.5, (1, 9)),
+    "cut ssh": Kind(2, "cut", 8, (1, 15)),
+    "cut redis": Kind(1, "redis", 4, (1, 6)),
+    "cut s3": Kind(1, "s3", 6, (1, 8)),
 }
 #: A keeper that dies while there is no zygote to bear its successor takes what runs with it, truthfully lost: not what
 #: this is about, so the two are kept this many seconds apart.
@@ -121,7 +131,8 @@ def faults(plan: Plan) -> list[Fault]:
 class Job:
     """One command: `count` lines of about `size` bytes, one each `gap` seconds, each `every`-th on stderr as well.
 
-    `ending`: exit | signal | child (exits, and leaves one behind) | stay (until it is killed) | echo (its input).
+    `ending`: exit | signal | child (exits, and leaves one behind) | stay (until it is killed) | echo (its input) |
+    hog (takes more memory than its devbox has).
     `how` its client hears of it: follow | poll | sync | execute. `after`: seconds until it is killed.
     """
 
@@ -146,6 +157,8 @@ class Job:
     @property
     def exit_status(self) -> int:
         """What it ends with when nobody kills it."""
+        if self.ending == "hog":
+            return 137
         return 128 + self.code if self.ending == "signal" else self.code
 
     def output(self, stream: str) -> bytes:
@@ -173,8 +186,8 @@ def jobs(plan: Plan, slot: int) -> Iterator[Job]:
         code = rng.choice((0, 0, 0, 1, 3, 42, 127, 255))
         every = rng.choice((0, 1, 2, 3, 10))
         shape = rng.choices(
-            ("slow", "burst", "large", "huge", "binary", "quick", "signal", "child", "killed", "echo"),
-            (30, 12, 12, 1, 12, 10, 8, 4, 8, 6),
+            ("slow", "burst", "large", "huge", "binary", "quick", "signal", "child", "killed", "echo", "hog"),
+            (30, 12, 12, 1, 12, 10, 8, 4, 8, 6, 2),
         )[0]
         takes = rng.uniform(2.0, longest)
         job = Job(name, box, 0, 0, 0.0, every, False, "exit", code, how)
@@ -197,6 +210,8 @@ def jobs(plan: Plan, slot: int) -> Iterator[Job]:
         elif shape == "signal":
             count, code = rng.randrange(1, 20), rng.choice(SIGNALS)
             job = dataclasses.replace(job, count=count, size=80, gap=0.05, ending="signal", code=code)
+        elif shape == "hog":
+            job = dataclasses.replace(job, count=rng.randrange(1, 10), size=80, gap=0.05, ending="hog")
         elif shape == "child":
             job = dataclasses.replace(job, count=rng.randrange(1, 20), size=80, gap=0.05, ending="child")
         elif shape == "killed":

@@ -11,15 +11,16 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 import psycopg
 from botocore.config import Config
 
 from config import servers, traces
-from config.state import State
 from config.supervisor import start_time
 from hostd.config import BOXES, UIDS_PER_BOX, HostConfig
+from tests.live.conftest import Up, environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +45,19 @@ class Process:
 class Site:
     """One running installation with its own host."""
 
-    def __init__(self, state: State, base_url: str, key: str, said: Callable[[], str]) -> None:
-        """`said`: what the supervisor has printed so far."""
-        self.state, self.base_url, self.key, self.said = state, base_url, key, said
-        self.env = state.read_env()
-        host = traces.Marks.of(state).host
+    def __init__(self, up: Up, base_url: str, key: str) -> None:
+        self.state, self.base_url, self.key = up.state, base_url, key
+        before = len(up.said())
+        #: What the supervisor has printed since.
+        self.said: Callable[[], str] = lambda: up.said()[before:]
+        self.env = {**environment(up.state), **up.state.read_env(), **up.environment}
+        host = traces.Marks.of(up.state).host
         assert host is not None
         self.host: HostConfig = host
-        self.ssh_port = servers.sshd_port(state)
+        self.ssh_port = servers.sshd_port(up.state)
+        self.ports = {"ssh": self.ssh_port}
+        for name, variable in (("redis", "REDIS_URL"), ("s3", "S3_ENDPOINT_URL")):
+            self.ports[name] = urlsplit(self.env[variable]).port or 0
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
@@ -92,8 +98,10 @@ class Site:
         return None
 
     def makers(self) -> list[int]:
+        """Children of hostd that are root: its other ones are the boxes' first processes."""
         hostd = self.hostd()
-        return [] if hostd is None else [pid for pid in children(hostd) if _name(pid) != "catatonit"]
+        mine = set() if hostd is None else set(children(hostd))
+        return [pid for pid, _, uid in everybody() if uid == 0 and pid in mine]
 
     def ssh_connections(self) -> list[tuple[int, str]]:
         """(pid, socket inode) of the processes of sshd that hold the server's end of a connection to our port."""
@@ -199,13 +207,6 @@ def tcp() -> Iterator[tuple[int, int, str, str]]:
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
         yield int(fields[1][-4:], 16), int(fields[2][-4:], 16), fields[9], fields[3]
-
-
-def _name(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
 
 
 def _files(pid: int) -> list[str]:

@@ -56,6 +56,9 @@ def main() -> None:
     if ending == "signal":
         os.kill(os.getpid(), code)
         time.sleep(60)
+    if ending == "hog":
+        taken = [b"x" * (64 << 20) for _ in range(64)]
+        os._exit(len(taken))
     if ending == "child" and os.fork() == 0:
         os.execv("/bin/sleep", ["sleep", "3600"])
     if ending == "stay":

@@ -62,7 +62,7 @@ def no_orphans(berth) -> Iterator[None]:
     """Afterwards the host has for each devbox that is not over exactly its own things, and nothing else."""
     yield
 
-    site = Site(berth.state, berth.base_url, berth.owner.secret, berth.up.said)
+    site = Site(berth.up, berth.base_url, berth.owner.secret)
     deadline = time.monotonic() + 30
     while (found := site.strangers()) and time.monotonic() < deadline:
         time.sleep(0.3)

@@ -53,7 +53,7 @@ def test_the_same_seed_gives_the_same_plan() -> None:
 def test_long_plans_have_every_kind_of_fault_and_every_ending() -> None:
     assert {fault.kind for fault in plan.faults(plan.Plan(1, 2000))} == plan.KINDS.keys()
     jobs = [job for slot in range(30) for job in itertools.islice(plan.jobs(plan.Plan(1), slot), 10)]
-    assert {job.ending for job in jobs} == {"exit", "signal", "child", "stay", "echo"}
+    assert {job.ending for job in jobs} == {"exit", "signal", "child", "stay", "echo", "hog"}
     assert {job.how for job in jobs} == {"follow", "poll", "sync", "execute"}
     assert any(job.binary for job in jobs) and any(len(job.output("stdout")) > 1 << 20 for job in jobs)
 
