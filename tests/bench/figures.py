@@ -1,6 +1,6 @@
 """Samples to figures, figures to a table and to ``build/bench.json``.
 
-In charge of numbers and their looks.  Not in charge of what is measured (`tests.bench.measures`).
+In charge of numbers and their looks.  Not in charge of what is measured.
 """
 
 from __future__ import annotations
@@ -8,22 +8,35 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table.  ``baseline`` is a median taken in the same run, ``ratio`` is median / baseline."""
+    """One line of the table.  ``baseline`` is a median taken in the same run, ``ratio`` is median / baseline.
+    ``error``: why there are no numbers.  ``cpu``: percent of one processor by part of the installation meanwhile."""
 
     name: str
     unit: str
-    median: float
-    p99: float
+    median: float | None
+    p99: float | None
     n: int
     baseline: float | None = None
     ratio: float | None = None
+    error: str | None = None
+    cpu: Mapping[str, float] | None = None
+
+    def beside(self, baseline: float) -> Figure:
+        """The same with a baseline."""
+        ratio = round(self.median / baseline, 3) if self.median is not None and baseline else None
+        return replace(self, baseline=round(baseline, 3), ratio=ratio)
+
+    def with_cpu(self, shares: Mapping[str, float]) -> Figure:
+        """The same with who used the processors."""
+        return replace(self, cpu=dict(shares))
 
 
 def figure(name: str, unit: str, samples: Sequence[float], baseline: float | None = None) -> Figure:
@@ -31,27 +44,63 @@ def figure(name: str, unit: str, samples: Sequence[float], baseline: float | Non
     if not samples:
         raise ValueError(f"{name}: nothing was measured")
     ordered = sorted(samples)
-    median = statistics.median(ordered)
     p99 = ordered[min(len(ordered) - 1, math.ceil(len(ordered) * 0.99) - 1)]
-    ratio = round(median / baseline, 3) if baseline else None
-    rounded = None if baseline is None else round(baseline, 3)
-    return Figure(name, unit, round(median, 3), round(p99, 3), len(ordered), rounded, ratio)
+    found = Figure(name, unit, round(statistics.median(ordered), 3), round(p99, 3), len(ordered))
+    return found if baseline is None else found.beside(baseline)
+
+
+def failed(name: str, error: str) -> Figure:
+    """The line of something that could not be measured."""
+    return Figure(name, "", None, None, 0, error=error)
+
+
+_COLUMNS = ("name", "unit", "median", "p99", "n", "baseline", "ratio")
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """The figures for a person."""
-    head = ("name", "unit", "median", "p99", "n", "baseline", "ratio")
-    rows = [[_text(value) for value in asdict(one).values()] for one in figures]
-    widths = [max(len(row[column]) for row in [list(head), *rows]) for column in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    """The figures for a person, then who used the processors, then what could not be measured."""
+    rows = [[_text(asdict(one)[column]) for column in _COLUMNS] for one in figures]
+    widths = [max(len(row[column]) for row in [list(_COLUMNS), *rows]) for column in range(len(_COLUMNS))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [_COLUMNS, *rows]
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    if busy := [one for one in figures if one.cpu]:
+        lines += ["", "percent of one processor meanwhile:"]
+        lines += [f"  {one.name}: {', '.join(f'{n} {v:g}' for n, v in (one.cpu or {}).items())}" for one in busy]
+    if broken := [one for one in figures if one.error]:
+        lines += ["", "could not be measured:"] + [f"  {one.name}: {one.error}" for one in broken]
+    return "\n".join(lines)
 
 
 def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def write(path: Path, figures: Sequence[Figure]) -> None:
-    """The figures for a program."""
+def write(path: Path, figures: Sequence[Figure], keep: bool) -> None:
+    """The figures for a program.  With ``keep`` the rows of other names that the file has already stay in it."""
+    rows = [_row(one) for one in figures]
+    if keep:
+        fresh = {row["name"]: row for row in rows}
+        rows = [fresh.pop(row["name"], row) for row in _known(path)] + list(fresh.values())
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(one) for one in figures], indent=2) + "\n")
+    whole = path.with_suffix(".new")
+    whole.write_text(json.dumps(rows, indent=2) + "\n")
+    whole.rename(path)
+
+
+def _row(one: Figure) -> dict[str, Any]:
+    row = asdict(one)
+    for name in ("error", "cpu"):
+        if row[name] is None:
+            del row[name]
+    return row
+
+
+def _known(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    return [row for row in rows if isinstance(row, dict) and "name" in row] if isinstance(rows, list) else []

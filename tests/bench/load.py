@@ -1,58 +1,97 @@
-"""Requests as fast as they are answered, from a process of its own: ``python -m tests.bench.load HOST PORT PATH KEY
-CONNECTIONS SECONDS`` prints JSON with the number of answers and every latency in milliseconds.
+"""Requests as fast as they are answered, from a process of its own: ``python -m tests.bench.load JSON`` prints JSON
+with when each answer came (seconds) and how long it took (milliseconds).
 
-Raw sockets, since a client library would use more of the machine than the server that is measured.
+A process of its own, so that what it costs is not paid by the one that measures.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
-import selectors
-import socket
+import subprocess
 import sys
-import time
+from collections.abc import Iterator
+
+from config.state import CHECKOUT
+from tests.bench.wire import Server, Unexpected, exchange
 
 
-def run(host: str, port: int, path: str, key: str, connections: int, seconds: float) -> list[float]:
-    """Latencies in milliseconds. Raises RuntimeError for any answer but 200."""
-    request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\n\r\n".encode()
-    waiting = selectors.EpollSelector()
-    sent: dict[socket.socket, float] = {}
-    buffers: dict[socket.socket, bytes] = {}
-    for _ in range(connections):
-        sock = socket.create_connection((host, port), timeout=5)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        waiting.register(sock, selectors.EVENT_READ, sock)
-        buffers[sock], sent[sock] = b"", time.perf_counter()
-        sock.sendall(request)
-    took: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        for ready, _ in waiting.select(1.0):
-            sock = ready.data
-            data = sock.recv(65536)
-            if not data:
-                raise RuntimeError("the server closed a connection under load")
-            buffers[sock] += data
-            if not _complete(buffers[sock]):
-                continue
-            now = time.perf_counter()
-            took.append((now - sent[sock]) * 1000)
-            buffers[sock], sent[sock] = b"", now
-            sock.sendall(request)
-    return took
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Load:
+    """What to ask, and how. ``body``: JSON text in which ``NUMBER`` becomes another number each time. ``want``: what
+    a good answer has in it."""
+
+    base_url: str
+    key: str
+    method: str = "GET"
+    path: str
+    body: str = ""
+    want: str = ""
+    connections: int
+    seconds: float
 
 
-def _complete(data: bytes) -> bool:
-    head, separator, body = data.partition(b"\r\n\r\n")
-    if not separator:
-        return False
-    if not head.startswith(b"HTTP/1.1 200"):
-        raise RuntimeError(head[:200].decode("latin-1"))
-    length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-    return len(body) >= int(length.split(b":")[1])
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """One answer: when it came, on the clock of the day (s), and how long it took (ms)."""
+
+    at: float
+    ms: float
+
+
+def run(load: Load) -> list[Taken]:
+    """All answers. Raises Unexpected for any that is not what was wanted."""
+    server = Server(load.base_url, load.key)
+
+    def requests() -> Iterator[bytes]:
+        for number in itertools.count():
+            body = json.loads(load.body.replace("NUMBER", str(number))) if load.body else None
+            yield server.request(load.method, load.path, body)
+
+    taken = []
+    for _, answer, took, at in exchange(server, requests(), load.connections, load.seconds):
+        if answer.status != 200 or load.want.encode() not in answer.body:
+            raise Unexpected(f"status {answer.status}: {answer.body[:200]!r}")
+        taken.append(Taken(at, took))
+    return taken
+
+
+def apart(load: Load, processes: int = 1) -> list[Taken]:
+    """`run` in that many processes at once, each with its connections. Raises RuntimeError with what one said."""
+    argv = [sys.executable, "-m", "tests.bench.load", json.dumps(dataclasses.asdict(load))]
+    running = [
+        subprocess.Popen(argv, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(processes)
+    ]
+    try:
+        taken: list[Taken] = []
+        for process in running:
+            printed, complaint = process.communicate(timeout=load.seconds + 90)
+            if process.returncode:
+                raise RuntimeError(complaint[-1000:])
+            taken += [Taken(at, ms) for at, ms in json.loads(printed)]
+        return taken
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def per_second(taken: list[Taken]) -> list[float]:
+    """How many answers came in each whole second but the first and the last, which are not whole; one rate over all
+    when there is no such second."""
+    first, last = min(one.at for one in taken), max(one.at for one in taken)
+    whole = int(last - first)
+    if whole < 3:
+        return [len(taken) / max(last - first, 1e-3)]
+    counts = [0.0] * whole
+    for one in taken:
+        place = int(one.at - first)
+        if place < whole:
+            counts[place] += 1
+    return counts[1:]
 
 
 if __name__ == "__main__":
-    host, port, path, key, connections, seconds = sys.argv[1:]
-    sys.stdout.write(json.dumps(run(host, int(port), path, key, int(connections), float(seconds))))
+    sys.stdout.write(json.dumps([(one.at, one.ms) for one in run(Load(**json.loads(sys.argv[1])))]))
