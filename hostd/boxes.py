@@ -181,9 +181,10 @@ def _make(cfg: HostConfig, slot: str, n: int, limits: Limits, hostname: str) -> 
     return made
 
 
-def set_limits(cfg: HostConfig, slot: str, limits: Limits) -> None:
-    """Write new limits to a box, up or not. Raises Refused: busy, when more memory is in use than would be allowed;
-    unknown_box, when the slot has no disk."""
+def set_limits(cfg: HostConfig, slot: str, limits: Limits, hostname: str | None = None) -> None:
+    """Write new limits to a box, up or not; to one that is up its host name, too, when given.
+
+    Raises Refused: busy, when more memory is in use than would be allowed; unknown_box, when the slot has no disk."""
     with _lock(cfg, slot):
         if not disks.has_disk(cfg, slot):
             raise Refused("unknown_box", f"slot {slot} has no disk")
@@ -192,6 +193,10 @@ def set_limits(cfg: HostConfig, slot: str, limits: Limits) -> None:
             _write_limits(cfg, slot, limits)
         else:
             disks.limit_disk(cfg, slot, limits.disk_bytes)
+        if hostname is not None:
+            made, alive = _read_made(cfg, slot)
+            if made is not None and alive:
+                namespaces.set_hostname(made.init_pid, made.init_start, hostname)
 
 
 def stop_box(cfg: HostConfig, slot: str, n: int) -> None:

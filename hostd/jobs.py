@@ -64,8 +64,8 @@ def boot(cfg: HostConfig, slot: str, n: int, limits: dict[str, int], hostname: s
     }
 
 
-def set_limits(cfg: HostConfig, slot: str, limits: dict[str, int]) -> dict[str, Any]:
-    boxes.set_limits(cfg, slot, Limits(**limits))
+def set_limits(cfg: HostConfig, slot: str, limits: dict[str, int], hostname: str) -> dict[str, Any]:
+    boxes.set_limits(cfg, slot, Limits(**limits), hostname)
     return {}
 
 

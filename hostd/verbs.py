@@ -111,7 +111,7 @@ class Verbs:
         disk_bytes: int,
         hostname: str,
     ) -> dict[str, Any]:
-        """Bring the devbox up with these limits. One that is up gets the limits only."""
+        """Bring the devbox up with these limits and this host name. One that is up (warm) gets no more than them."""
         limits = {"cpu_millis": cpu_millis, "memory_bytes": memory_bytes, "pids": pids, "disk_bytes": disk_bytes}
         async with self.fences.held(box, fence):
             slot = self.named.get(box)
@@ -129,7 +129,7 @@ class Verbs:
                 link = self.keepers.link(slot.slot)
                 assert link is not None
             elif link.record.limits != limits:
-                await self._makers.do("set_limits", slot=slot.slot, limits=limits)
+                await self._makers.do("set_limits", slot=slot.slot, limits=limits, hostname=hostname)
                 self.keepers.limits_written(slot.slot, limits)
             try:
                 await asyncio.wait_for(link.opened.wait(), LINK_SECONDS)

@@ -117,7 +117,7 @@ def restart_keeper(cfg: HostConfig, slot: str, n: int, spec: dict[str, Any]) -> 
     return {"pid": pid, "start": start_time(pid)}
 
 
-def set_limits(cfg: HostConfig, slot: str, limits: dict[str, int]) -> dict[str, Any]:
+def set_limits(cfg: HostConfig, slot: str, limits: dict[str, int], hostname: str) -> dict[str, Any]:
     Path(cfg.root, "limits").write_text(json.dumps(limits))
     return {}
 

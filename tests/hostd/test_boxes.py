@@ -16,6 +16,7 @@ import pytest
 
 from hostd import boxes, bundles, cgroups, disks, keeper_spec, network, slots
 from hostd.boxes import Made
+from hostd.config import HostConfig
 from hostd.messages import Refused
 from tests.hostd.trial import LIMITS, Trial
 
@@ -186,6 +187,19 @@ def test_limits_are_rewritten(trial: Trial, box: Made) -> None:
     with pytest.raises(Refused) as refused:
         trial.do(boxes.set_limits, box.slot, replace(LIMITS, memory_bytes=4096))
     assert refused.value.code == "busy"
+
+
+def test_a_box_that_is_up_gets_another_host_name(trial: Trial, box: Made) -> None:
+    def rename(cfg: HostConfig) -> list[str]:
+        before = os.uname().nodename
+        boxes.set_limits(cfg, box.slot, LIMITS, "dbx-renamed")
+        boxes.set_limits(cfg, box.slot, LIMITS, "dbx-renamed")
+        return [before, os.uname().nodename]
+
+    before, after = trial.do(rename)
+    assert before == after != "dbx-renamed", "the maker keeps its own"
+    assert trial.run(box, "hostname", check=True).stdout == "dbx-renamed\n"
+    trial.do(boxes.set_limits, box.slot, LIMITS, "trial")
 
 
 def test_disks_are_kept_on_request(trial: Trial) -> None:

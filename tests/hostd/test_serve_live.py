@@ -20,7 +20,7 @@ import pytest
 
 from hostd import bundle
 from hostd.messages import ProtocolError, Refused
-from tests.hostd.client import new_id, outputs
+from tests.hostd.client import LIMITS, new_id, outputs
 from tests.hostd.live_host import LiveHost, alive, why_not
 
 pytestmark = [pytest.mark.live, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
@@ -263,11 +263,12 @@ def test_warm_boxes(host: LiveHost):
         box, exe = new_id("dbx"), new_id("exe")
         began = time.perf_counter()
         claimed = host.client.call("prepare_disk", box=box, fence=1, image=host.image, disk_bytes=1 << 30)
-        host.client.create(box, host.image)
+        host.client.call("boot", box=box, fence=1, hostname="dbx-mine", **LIMITS)
         up = time.perf_counter()
-        host.client.spawn(box, exe, argv=["/bin/true"], hold_ms=2000)
+        host.client.spawn(box, exe, argv=["/bin/hostname"], hold_ms=2000)
         print(f"warm: up after {(up - began) * 1000:.1f} ms, first command {(time.perf_counter() - up) * 1000:.1f} ms")
-        assert claimed["warm"] and host.client.wait(box, exe)["exit"] == 0
+        done = host.client.wait(box, exe)
+        assert claimed["warm"] and outputs(done) == (b"dbx-mine\n", b"") and done["exit"] == 0
         host.client.destroy(box, 1)
     finally:
         host.client.call("set_warm", count=0, image=host.image)
