@@ -39,6 +39,7 @@ def parse(argv: list[str] | None = None) -> plan.Plan:
 def summary(run: Run) -> str:
     """What was done and seen, in some lines."""
     struck = Counter(kind for _, kind, _, _ in run.striker.done)
+    out = [until - since for since, until in run.outages]
     written = sum(size for command in run.commands for _, size in command.stored.values())
     lines = [
         f"faults      {sum(struck.values())}: "
@@ -46,7 +47,7 @@ def summary(run: Run) -> str:
         f"commands    {len(run.commands)} in {len(run.every_box)} devboxes, {written / (1 << 20):.1f} MiB of output",
         f"connections {run.caller.cuts} cut under a call or a stream",
         "answers     " + ", ".join(f"{count} × {status}" for status, count in sorted(run.caller.statuses.items())),
-        f"outages     {len(run.outages)}, {sum(run.outages):.1f} s; the longest {max(run.outages, default=0.0):.1f} s",
+        f"outages     {len(out)}, {sum(out):.1f} s; the longest {max(out, default=0.0):.1f} s",
     ]
     late = sorted((command for command in run.commands if not command.job.name.startswith("c")), key=lambda c: c.late)
     if late:

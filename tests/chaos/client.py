@@ -185,9 +185,9 @@ class Caller:
             raise Broken(offset) from error
         return offset, True
 
-    async def prober(self, stop: asyncio.Event, say: Callable[[str], None]) -> list[float]:
-        """Ask something small again and again; the outages, in seconds."""
-        outages: list[float] = []
+    async def prober(self, stop: asyncio.Event, say: Callable[[str], None]) -> list[tuple[float, float]]:
+        """Ask something small again and again; the outages, from and until when on the monotonic clock."""
+        outages: list[tuple[float, float]] = []
         since: float | None = None
         while not stop.is_set():
             try:
@@ -199,12 +199,12 @@ class Caller:
                 good = False
             now = time.monotonic()
             if good and since is not None:
-                outages.append(now - since)
+                outages.append((since, now))
                 say(f"the API answers again after {now - since:.1f} s")
             since = None if good else since or now
             await asyncio.sleep(0.2)
         if since is not None:
-            outages.append(time.monotonic() - since)
+            outages.append((since, time.monotonic()))
         return outages
 
 

@@ -82,7 +82,7 @@ class Run:
         self.boxes: list[str] = []
         self.every_box: set[str] = set()
         self.commands: list[Command] = []
-        self.outages: list[float] = []
+        self.outages: list[tuple[float, float]] = []
         self.memory: dict[str, Sample] = {}
 
     # -- telling -------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ class Run:
         finally:
             self.striker.undo()
             stop.set()
-        self.outages = await probing
+        self.outages = [(since - self.began, until - self.began) for since, until in await probing]
         await weighing
 
     @property

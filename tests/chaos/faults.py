@@ -16,6 +16,7 @@ from tests.chaos.plan import Fault
 from tests.chaos.site import Process, Site, children
 
 _TABLE = "berth_chaos"
+WITHOUT_API = frozenset({"postgres", "postgres backend"})
 
 
 class Striker:
@@ -29,6 +30,8 @@ class Striker:
         self.struck: set[int] = set()
         #: slot -> when its keeper, its spawner or the zygote was hit; "" stands for all slots
         self.on_boxes: list[tuple[float, str]] = []
+        #: when blows that take the API away were over
+        self.on_api: list[float] = []
         self._frozen: set[Process] = set()
         #: role -> the pids of those that run beside the supervisor's
         self.more: dict[str, Callable[[], set[int]]] = {}
@@ -178,5 +181,7 @@ class Striker:
 
     def _note(self, fault: Fault, pids: tuple[int, ...], more: str) -> None:
         self.done.append((self._now(), fault.kind, pids, more))
+        if fault.kind.split(" ", 1)[1] in WITHOUT_API or "web" in fault.kind:
+            self.on_api.append(self._now() + fault.lasts)
         who = f" pid {' '.join(str(pid) for pid in pids)}" if pids else ""
         self._say(f"{fault.kind}{who}{' ' + more if more else ''}")
