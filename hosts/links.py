@@ -51,8 +51,9 @@ class Breaker:
     """Stops calls to a host that fails, so that it holds no threads; lets one through now and then to see.
 
     A failure weighs 1 when it may have been one slow verb and 2 when the host gave no sign of life; at 4 in a row the
-    circuit opens for 0.5 s, doubling up to 10 s. A host that the watcher calls silent gets single trials only, and all
-    is forgotten once the watcher hears it again. Thread-safe.
+    circuit opens for 0.5 s, doubling up to 10 s with each trial that fails. Calls that were under way when it opened
+    are the same trouble, however many. A host that the watcher calls silent gets single trials only, and all is
+    forgotten once the watcher hears it again. Thread-safe.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -64,6 +65,7 @@ class Breaker:
         self._trusted_until = 0.0
         self._reason = ""
         self._silent = False
+        self._trial = False
 
     def check(self, silent_for: float | None = None) -> None:
         """Raise Broken unless a call may be made now. `silent_for`: seconds since the watcher last heard the host."""
@@ -84,6 +86,7 @@ class Breaker:
             if now < self._until:
                 raise Broken(f"not dialled for another {self._until - now:.1f} s after: {self._reason}")
             self._until = now + TRIAL_SECONDS  # this caller is the trial; the others wait for how it goes
+            self._trial = True
 
     def worked(self) -> None:
         """A call was answered."""
@@ -91,6 +94,7 @@ class Breaker:
             with self._lock:
                 self._weight = self._opened = 0
                 self._until = 0.0
+                self._trial = False
                 self._trusted_until = self._clock() + policy().silent_after
 
     def failed(self, reason: str, weight: int) -> None:
@@ -98,6 +102,9 @@ class Breaker:
         now = self._clock()
         with self._lock:
             was_open = self._weight >= BREAK_AT
+            if was_open and not self._trial:
+                return
+            self._trial = False
             self._weight += weight
             self._reason = reason
             if self._weight >= BREAK_AT:

@@ -488,6 +488,15 @@ def test_the_breaker_opens_for_longer_each_time_but_not_for_ever():
     assert pauses[0] < 1 < pauses[3] and max(pauses) <= links.OPEN_SECONDS[1] * 1.25 + 0.1
 
 
+def test_many_calls_that_fail_together_open_it_once():
+    clock = Clock()
+    breaker = Breaker(clock)
+    for _ in range(16):
+        breaker.failed("the deadline passed while another thread was dialling", 2)
+    clock.now += links.OPEN_SECONDS[0] * 1.25
+    breaker.check()  # the trial
+
+
 def test_slow_verbs_open_it_only_after_several():
     breaker = Breaker(Clock())
     for _ in range(3):
