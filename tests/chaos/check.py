@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,8 @@ from tests.chaos.drive import STREAMS, Command, Run
 from tests.chaos.site import everybody, tcp
 
 #: Resident MiB that no long-lived process may pass, by the beginning of its name.
-MEMORY_MB = {"web": 320, "worker": 320, "watcher": 250, "beat": 200, "hostd": 120, "keeper": 64, "redis": 300}
+#: A web process may hold four answers of 16 MiB at once, each several times over while it is made.
+MEMORY_MB = {"web": 450, "worker": 320, "watcher": 250, "beat": 200, "hostd": 120, "keeper": 64, "redis": 300}
 NEAR_SECONDS = 12.0
 """A command that was being started, or input that was being written, so near to a blow at its box may be lost."""
 SETTLED_WITHIN = 60.0
@@ -43,6 +45,8 @@ async def everything(run: Run) -> None:
     await run.read_again()
     for command in run.commands:
         _command(run, command)
+        _explained(run, command)
+    await _listed(run)
     _boxes(run)
     await _nothing_left(run)
     _objects(run)
@@ -123,6 +127,44 @@ def _stream(run: Run, command: Command, stream: str, final: dict[str, Any], seen
             run.find(f"{title} is {_differs(text, wanted)} (stored | written)")
     elif text != wanted or size != len(whole):
         run.find(f"{title} has {size} of {len(whole)} bytes: {_differs(text, wanted)} (stored | written)")
+
+
+def _explained(run: Run, command: Command) -> None:
+    """The account of it names the cause, and its phases are in order."""
+    account, final = command.account, command.final
+    if account is None or final is None:
+        return
+    cause = account["cause"] and account["cause"]["kind"]
+    wanted: set[str | None] = {"exit_status"}
+    match final["exit_status"]:
+        case 0:
+            wanted = {None}
+        case -1:
+            wanted = {"lost"}
+        case 137 if command.job.ending == "hog":
+            wanted = {"out_of_memory"}
+        case 137 if command.killed:
+            wanted = {"kill_requested", "devbox_ended"}
+        case _ if command.job.ending == "signal":
+            wanted = {"signal"}
+    if cause not in wanted:
+        run.find(f"{command.title}: its account names {cause} as the cause of {final['exit_status']}, not {wanted}")
+    times = {phase["phase"]: phase["at_ms"] for phase in account["phases"]}
+    order = [times[name] for name in ("queued", "spawned", "exited") if name in times]
+    if not {"queued", "exited"} <= times.keys() or order != sorted(order):
+        run.find(f"{command.title}: its phases are {account['phases']}")
+
+
+async def _listed(run: Run) -> None:
+    """Every execution is in the list of its devbox, once."""
+    for box in sorted(run.every_box):
+        listed = Counter(await run.listed(box))
+        wrong = {
+            command.id for command in run.commands if command.box == box and command.id and listed[command.id] != 1
+        }
+        wrong |= {id for id, times in listed.items() if times != 1}
+        if wrong:
+            run.find(f"the list of devbox {box} has these not exactly once: {sorted(wrong)[:10]}")
 
 
 def _echoed(run: Run, command: Command, text: str, title: str) -> None:

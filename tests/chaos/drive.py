@@ -45,6 +45,8 @@ class Command:
     ended: float = 0.0
     stored: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
     final: dict[str, Any] | None = None
+    account: dict[str, Any] | None = None
+    """What `why` tells."""
 
     @property
     def path(self) -> str:
@@ -312,8 +314,20 @@ class Run:
                 for stream in STREAMS:
                     command.stored[stream] = await self.caller.follow(command.path, stream, lambda: until)
                 command.final = await self.caller.call("GET", command.path, last_n="1000000")
+                command.account = await self.caller.call("GET", f"{command.path}/why")
 
         await together(*(read(command) for command in self.commands if command.id))
+
+    async def listed(self, box: str) -> list[str]:
+        """The ids of all executions that the list of a devbox has, page by page."""
+        found: list[str] = []
+        while True:
+            after = found[-1] if found else ""
+            path = f"/v1/devboxes/{box}/executions"
+            page = await self.caller.call("GET", path, limit="50", starting_after=after)
+            found += [entry["execution_id"] for entry in page["executions"]]
+            if not page["has_more"]:
+                return found
 
     async def _watch_memory(self, stop: asyncio.Event) -> None:
         while not stop.is_set():

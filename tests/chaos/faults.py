@@ -77,6 +77,7 @@ class Striker:
                 pids = self._one(sorted({roles.get(what, 0), *self.more.get(what, lambda: set())()} - {0}), fault)
             case "web worker":
                 pids = self._one(sorted(children(roles.get("web", 0))), fault)
+                self.struck.add(roles.get("web", 0))  # which ends when it loses the same one again at once
             case "web master":
                 pids = [roles.get("web")]
             case "ssh connection":
