@@ -80,7 +80,7 @@ def copy_some(source: Source, key: str, before: Copy, until: float) -> Copy:
         objects.put(key, source.read(0, size))
         return _noted(source, {"done": True})
     if "id" not in copy:
-        # Left behind when this go is never written down; the bucket's expiry of unfinished uploads takes it.
+        # Left behind when this go is never written down; `retention` takes it when its time is over.
         copy = {"id": objects.begin_upload(key), "etags": []}
     etags = list(copy["etags"])
     first = len(etags)

@@ -29,6 +29,8 @@ LARGE_AT_ONCE: Final = 4
 STORAGE_THREADS: Final = 4
 HOST_READ_BYTES: Final = 4 * 1024 * 1024
 
+OUTPUTS_PREFIX: Final = "executions/"
+
 T = TypeVar("T")
 
 
@@ -51,7 +53,7 @@ class Tail:
 
 def output_prefix(devbox_id: str, execution_id: str) -> str:
     """What the S3 keys of an execution's outputs begin with, and no others."""
-    return f"executions/{devbox_id}/{execution_id}/"
+    return f"{OUTPUTS_PREFIX}{devbox_id}/{execution_id}/"
 
 
 def output_key(devbox_id: str, execution_id: str, stream: str) -> str:

@@ -18,13 +18,15 @@ from django.conf import settings
 from django.db import connection
 
 from api.ids import first_id
+from executions.execution_flow import STORE_WITHIN_SECONDS
 from executions.models import Kept
-from executions.outputs import output_prefix
+from executions.outputs import OUTPUTS_PREFIX, output_prefix
 from storage import objects
 from storage.objects import StorageError
 
 log = logging.getLogger(__name__)
 
+UPLOAD_SECONDS: Final = STORE_WITHIN_SECONDS + 3600.0
 BATCH: Final = 200
 RUN_ROWS: Final = 10_000
 RUN_SECONDS: Final = 45.0
@@ -69,6 +71,19 @@ def delete_what_is_over() -> int:
     if deleted:
         log.info("%d commands were deleted after %g days", deleted, settings.BERTH.RETENTION_DAYS)
     return deleted
+
+
+def abandon_uploads() -> int:
+    """Throw away unfinished uploads of outputs that no step can be at any more: the worker that began one may have
+    been killed before its row named it. Returns how many."""
+    try:
+        abandoned = objects.abandon_uploads(OUTPUTS_PREFIX, UPLOAD_SECONDS)
+    except StorageError as error:
+        log.warning("unfinished uploads are looked for later: %s", error)
+        return 0
+    if abandoned:
+        log.info("%d unfinished uploads were thrown away", abandoned)
+    return abandoned
 
 
 def _emptied(prefix: str) -> bool:

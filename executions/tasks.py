@@ -20,3 +20,4 @@ advance = advance_task(register(execution_flow))
 def delete_old() -> None:
     """Delete commands and outputs whose time is over. Two runs at once delete the same."""
     retention.delete_what_is_over()
+    retention.abandon_uploads()

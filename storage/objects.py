@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import boto3
@@ -32,6 +33,8 @@ PART_BYTES: Final = 8 * 1024 * 1024
 """Size of every part but the last. S3 allows 10,000 parts, so one object may have 80 GB."""
 PARTS_MAX: Final = 10_000
 RANGE_MAX_BYTES: Final = 64 * 1024 * 1024
+UPLOAD_PAGES_MAX: Final = 10
+"""Pages of 1,000 unfinished uploads that are looked at in one go."""
 
 _MISSING = frozenset({"404", "NoSuchKey", "NotFound"})
 
@@ -220,11 +223,29 @@ def complete_upload(key: str, upload_id: str, etags: list[str], size: int) -> No
 
 
 def abandon_upload(key: str, upload_id: str) -> None:
-    """Throw an unfinished upload away. Best effort: what stays behind costs space until the bucket's own expiry."""
+    """Throw an unfinished upload away. Best effort: what stays behind is found by `abandon_uploads`."""
     try:
         _call("abandon the upload of", key, "abort_multipart_upload", Key=key, UploadId=upload_id)
     except StorageError:
         pass
+
+
+def abandon_uploads(prefix: str, older_than_seconds: float) -> int:
+    """Throw away the unfinished uploads below `prefix` that nobody can still be at, and return how many there were:
+    whoever began them may have died before the id was written down. Raises StorageError."""
+    before = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
+    found = 0
+    marker: dict[str, str] = {}
+    for _ in range(UPLOAD_PAGES_MAX):
+        page = _call("list the uploads below", prefix, "list_multipart_uploads", Prefix=prefix, **marker)
+        for upload in page.get("Uploads", ()):
+            if upload["Initiated"] < before:
+                abandon_upload(str(upload["Key"]), str(upload["UploadId"]))
+                found += 1
+        if not page.get("IsTruncated"):
+            break
+        marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+    return found
 
 
 def get_range(key: str, start: int, length: int) -> bytes:

@@ -215,6 +215,22 @@ def test_completing_what_never_was_is_an_error(s3):
         objects.complete_upload("never", upload, [etag], 1)
 
 
+def test_uploads_that_nobody_finished_are_thrown_away_when_they_are_old(s3):
+    """As a worker leaves one that is killed between beginning it and writing its id down."""
+    uploads = [objects.begin_upload(f"left/{n}") for n in range(3)]
+    elsewhere = objects.begin_upload("leftover")
+    etag = objects.put_part("left/1", uploads[1], 1, b"x")
+    assert objects.abandon_uploads("left/", 60) == 0
+    objects.put_part("left/1", uploads[1], 1, b"x")
+    assert objects.abandon_uploads("left/", -60) == 3
+    assert objects.abandon_uploads("left/", -60) == 0
+    with pytest.raises(objects.StorageError):
+        objects.complete_upload("left/1", uploads[1], [etag], 1)
+    etag = objects.put_part("leftover", elsewhere, 1, b"x")
+    objects.complete_upload("leftover", elsewhere, [etag], 1)
+    objects.delete("leftover")
+
+
 def test_a_prefix_is_deleted_and_nothing_else(s3):
     for n in range(12):
         objects.put(f"pre/fix/{n}", b"x")
