@@ -238,7 +238,10 @@ def berth(live_folder: Path) -> Iterator[Berth]:
     """A running installation with a first devbox, an owner, a colleague and a stranger.  Nothing is left of it
     afterwards, and where no other one came or went meanwhile, the kernel's settings are what they were."""
     others, settings = installs_on_machine(), traces.sysctls()
-    fault = str(live_folder / "fault")
+    faults = live_folder / "faults"
+    faults.mkdir()
+    faults.chmod(0o777)  # the worker, which is not root, takes the switch away
+    fault = str(faults / "armed")
     up = Up(live_folder / "s", BERTH_POOL_GB="12", BERTH_BIND=f"127.0.0.1:{free_port()}", BERTH_FAULT_FILE=fault)
     up.state.create()
     marks = traces.Marks.of(up.state)

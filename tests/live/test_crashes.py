@@ -130,6 +130,47 @@ def test_a_worker_killed_while_it_kills_a_command(berth, fault, no_orphans, box:
 
 
 @pytest.mark.parametrize("moment", ["claimed", "acted"])
+def test_a_worker_killed_while_it_looks_after_a_command(berth, fault, no_orphans, box: str, moment: str) -> None:
+    command = "while [ ! -e /tmp/enough ]; do sleep 0.1; done; echo over; exit 3"
+    begun = berth.owner.post(f"/v1/devboxes/{box}/execute_async", {"command": command})["execution_id"]
+    row = "FROM executions_execution WHERE id = %s AND step = 'await_exit' AND lease IS NULL"
+    wait_until(lambda: berth.rows(f"SELECT 1 {row}", begun), 20, "the command runs")
+    killed = fault.arm(f"executions.await_exit.{moment}")
+    berth.rows("UPDATE executions_execution SET wake_at = now() WHERE id = %s RETURNING 1", begun)
+    wait_until(fault.struck, 20, "the worker came to the point")
+    assert not alive(killed)
+    # Another one has looked, and sleeps until it is told.
+    wait_until(lambda: berth.rows(f"SELECT 1 {row} AND wake_at > now()", begun), TAKEN_OVER_WITHIN, "looked after")
+    assert berth.owner.run(box, "touch /tmp/enough") == ("", "", 0)
+    path = f"/v1/devboxes/{box}/executions/{begun}"
+    wait_until(lambda: berth.owner.get(path)["status"] == "completed", TAKEN_OVER_WITHIN, "the command is over")
+    done = berth.owner.get(path)
+    assert (done["stdout"], done["exit_status"], done["why"]) == ("over\n", 3, None)
+
+
+@pytest.mark.parametrize("moment", ["claimed", "acted"])
+def test_a_worker_killed_while_it_cleans_up_after_a_failure(berth, fault, no_orphans, moment: str) -> None:
+    box = berth.owner.create(name="crash")
+    fault.arm(f"devboxes.clean_up.{moment}")
+    behead(berth, box)
+    view = berth.owner.wait(box, "failure", within=40)
+    assert view["failure_reason"] == "health_check_failed", view
+    wait_until(fault.struck, 20, "the worker came to the point")
+    wait_until(
+        lambda: berth.rows("SELECT 1 FROM devboxes_devbox WHERE id = %s AND step = 'failed' AND NOT reserved", box),
+        TAKEN_OVER_WITHIN,
+        "cleaned up",
+    )
+
+
+def behead(berth, box: str) -> None:
+    """Kill the first process of a devbox's box, as the kernel might."""
+    host = berth.host_config()
+    (slot,) = berth.rows("SELECT slot FROM devboxes_devbox WHERE id = %s", box)[0]
+    os.kill(json.loads(Path(host.bundle(slot), "made.json").read_text())["init_pid"], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("moment", ["claimed", "acted"])
 def test_a_worker_killed_while_it_stores_a_large_output(berth, fault, no_orphans, box: str, moment: str) -> None:
     fault.arm(f"executions.store.{moment}")
     begun = berth.owner.post(f"/v1/devboxes/{box}/execute_async", {"command": "seq 1 200000"})
@@ -269,10 +310,7 @@ def test_postgresql_killed_while_work_comes_in(berth, no_orphans, box: str) -> N
 def test_a_box_whose_init_is_killed_is_a_failure_with_its_reason(berth, no_orphans) -> None:
     box = berth.owner.create(name="beheaded")
     begun = berth.owner.post(f"/v1/devboxes/{box}/execute_async", {"command": "sleep 300"})
-    host = berth.host_config()
-    (slot,) = berth.rows("SELECT slot FROM devboxes_devbox WHERE id = %s", box)[0]
-    made = json.loads(Path(host.bundle(slot), "made.json").read_text())
-    os.kill(made["init_pid"], signal.SIGKILL)
+    behead(berth, box)
     view = berth.owner.wait(box, "failure", within=40)
     assert view["failure_reason"] == "health_check_failed", view
     done = berth.owner.get(f"/v1/devboxes/{box}/executions/{begun['execution_id']}")
