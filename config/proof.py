@@ -208,6 +208,25 @@ def prove(url: str, key: str) -> int:
             lines = "".join(part.output for part in stream).splitlines()
         expect((len(lines), lines[-1]), (400_000, "400000"))
 
+    def logged() -> None:
+        begun = devboxes.execute_async(main, command="echo written down; sleep 300")
+        with executions.stream_stdout_updates(begun.execution_id, devbox_id=main) as stream:
+            expect(next(iter(stream)).output, "written down\n")
+        told = devboxes.logs.list(main, execution_id=begun.execution_id).logs
+        expect([entry.message for entry in told if entry.message], ["written down"])
+        executions.kill(begun.execution_id, devbox_id=main)
+        executions.await_completed(begun.execution_id, devbox_id=main)
+        sources = [entry.source for entry in devboxes.logs.list(main).logs]
+        expect(("setup_commands" in sources, "exec" in sources), (True, True))
+
+    def log_after_the_end() -> None:
+        # No published client follows a log; after the devbox's end it is whole, and the answer ends.
+        tail = urllib.request.Request(f"{url}/v1/devboxes/{main}/logs/tail", headers={"authorization": f"Bearer {key}"})
+        asked.add(("GET", f"/v1/devboxes/{main}/logs/tail"))
+        with urllib.request.urlopen(tail, timeout=60) as answer:  # noqa: S310 - the installation's own
+            text = answer.read().decode()
+        expect(("written down" in text, "launched" in text, "event: error" in text), (True, True, False))
+
     def background() -> None:
         output("python3 -m http.server 8123 >/dev/null 2>&1 & sleep 0.7; echo started", "started\n")
         output("curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8123/", "200")
@@ -245,6 +264,7 @@ def prove(url: str, key: str) -> int:
     check("files: write, read, upload, download", files)
     check("kill", killed)
     check("background server", background)
+    check("logs", logged)
     check("wrong key: 401", without_key)
     check(
         "unknown execution: 404", lambda: refused(404, lambda: executions.retrieve("exe_" + "0" * 26, devbox_id=main))
@@ -254,6 +274,7 @@ def prove(url: str, key: str) -> int:
     check("create_and_await_running, by its path", created_at_once)
     check("evictions", evictions)
     check("shutdown, twice", shutdown)
+    check("logs/tail of a devbox that is over", log_after_the_end)
     check("every operation was asked for", lambda: expect(never_asked_for(operations(url), asked), []))
     return proof.failed
 

@@ -48,6 +48,12 @@ class Berth:
     # How long commands and their outputs are kept after they, or after their devbox, have ended.
     RETENTION_DAYS: float = env.number("BERTH_RETENTION_DAYS", 30.0)
 
+    # Logs of devboxes
+    LOGS_MAX: int = env.whole("BERTH_LOGS_MAX", 5000)
+    LOGS_KEPT: float = env.number("BERTH_LOGS_KEPT", 7 * 86_400.0)
+    LOGS_ROWS_MAX: int = env.whole("BERTH_LOGS_ROWS_MAX", 20_000)
+    STATS_KEPT: float = env.number("BERTH_STATS_KEPT", 86_400.0)
+
     # Overcommit: what may be promised per real unit
     OVERCOMMIT_CPU: float = env.number("BERTH_OVERCOMMIT_CPU", 8.0)
     OVERCOMMIT_MEMORY: float = env.number("BERTH_OVERCOMMIT_MEMORY", 2.0)

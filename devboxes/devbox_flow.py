@@ -11,16 +11,17 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from django.conf import settings
+from django.db import connection, transaction
 
 from accounts.sealing import SealBroken
 from devboxes import launch, logs, states
-from devboxes.models import Devbox
+from devboxes.models import Devbox, DevboxLog
 from flows.engine import Flow, Row, Settled
 from flows.outcomes import DatabaseNow, Done, Next, Outcome, Superseded, Wait
 from flows.statements import Alongside
 from hostd.messages import Stream
 from hosts import delivery, placement, registry
-from hosts.client import HostClient, HostRefused, HostUnreachable, StaleFence, client_for, outputs
+from hosts.client import HostClient, HostRefused, HostUnreachable, StaleFence, client_for, index_records, outputs
 from hosts.models import Host, HostState
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,6 @@ CLOCK_SLACK_SECONDS = 2.0
 """How far the two clocks may differ over a devbox's life without one of them having been set."""
 BEFORE_DESTROY = timedelta(seconds=60)
 BEFORE_DESTROY_AGAIN_SECONDS = 0.5
-TAIL_BYTES = 64 * 1024
 WHY_LIMIT = 2000
 WHY_LINES = 10
 
@@ -293,7 +293,7 @@ class DevboxFlow(Flow[DevboxRow]):
         return self._take_apart(row, states.FAILED, row.failure_reason or "failure")
 
     def _take_apart(self, row: DevboxRow, end: str, reason: str) -> Outcome:
-        # 1. Let the other rooms bring home what they need from the host; 60 s at most.
+        # 1. Let the other rooms bring home what they need from the host, 60 s at most, and what the entrypoint wrote.
         # 2. Have the box destroyed; of one that was lost while it ran the host keeps the disk for a day. A host that is
         #    lost itself is not waited for: reconcile destroys the box, should it return.
         # 3. Let the other rooms close what hung on it. 4. Take the promise back, with the end itself.
@@ -302,6 +302,7 @@ class DevboxFlow(Flow[DevboxRow]):
             return Done(step=end)
         if row.now - row.step_since < BEFORE_DESTROY and not registry.before_destroy(row.id):
             return Wait(BEFORE_DESTROY_AGAIN_SECONDS)
+        self._keep_entrypoint(row)
         try:
             self._host(row).destroy(box=row.id, fence=row.fence, keep_disk=_is_lost(row))
         except HostUnreachable:
@@ -309,6 +310,27 @@ class DevboxFlow(Flow[DevboxRow]):
                 raise
         registry.after_destroy(row.id, reason)
         return Done({"reserved": False, "seen": "gone", "seen_at": DatabaseNow()}, also=_release(row), step=end)
+
+    def _keep_entrypoint(self, row: DevboxRow) -> None:
+        """Log what the entrypoint has written, unless its exit has brought that. Without its host there is nothing."""
+        if row.started_at is None or not Devbox.objects.filter(pk=row.id).exclude(entrypoint="").exists():
+            return
+        work_id = launch.work_id(row.id, launch.ENTRYPOINT)
+        if DevboxLog.objects.filter(devbox_id=row.id, execution_id=work_id, started_at__isnull=False).exists():
+            return
+        host = self._host(row)
+        try:
+            state = host.state(box=row.id, id=work_id)
+            told = _output(host, row.id, work_id, state)
+        except (HostRefused, HostUnreachable):
+            return
+        code = state.get("exit")
+        entry = logs.Entry(
+            launch.ENTRYPOINT, work_id, "error" if code else "info",
+            exit_code=code, at_ms=state.get("exited_at_ms"), output=told,
+        )  # fmt: skip
+        with transaction.atomic(), connection.cursor() as cursor:
+            logs.write(cursor, row.id, [entry])
 
     @staticmethod
     def _host(row: DevboxRow) -> HostClient:
@@ -383,18 +405,14 @@ def _item(piece: launch.Work, state: Any) -> dict[str, Any]:
 
 def _ended(host: HostClient, devbox_id: str, piece: launch.Work, state: Any) -> _Ended:
     """What a finished piece of launch work leaves in the log, and whether the devbox fails by it."""
-    stdout, stderr = outputs(state) or (
-        _tail(host, devbox_id, piece, "stdout"),
-        _tail(host, devbox_id, piece, "stderr"),
-    )
+    wrote = _output(host, devbox_id, piece.id, state, piece.secrets)
+    stdout, stderr = wrote.stdout, wrote.stderr
     code = state["exit"]
     out, err = logs.readable(stdout, piece.secrets), logs.readable(stderr, piece.secrets)
     title = logs.readable(piece.title.encode(), piece.secrets)
-    entries = [logs.Entry(piece.source, piece.id, cmd=title)]
-    entries += [logs.Entry(piece.source, piece.id, message=line) for line in logs.last_lines(out)]
-    level = "error" if code else "info"
-    entries += [logs.Entry(piece.source, piece.id, level, message=line) for line in logs.last_lines(err)]
-    entries.append(logs.Entry(piece.source, piece.id, level, exit_code=code))
+    level: logs.Level = "error" if code else "info"
+    at_ms = state.get("exited_at_ms")
+    entries = [logs.Entry(piece.source, piece.id, level, cmd=title, exit_code=code, at_ms=at_ms, output=wrote)]
     if code == 0:
         return _Ended(entries, None)
     told = delivery.told(state.get("reason")) or {}
@@ -411,13 +429,45 @@ def _ended(host: HostClient, devbox_id: str, piece: launch.Work, state: Any) -> 
     return _Ended(entries, ("execution_failed", f"ended with {code}{tail}", evidence))
 
 
-def _tail(host: HostClient, devbox_id: str, piece: launch.Work, stream: Stream) -> bytes:
+def _output(host: HostClient, devbox_id: str, work_id: str, state: Any, secrets: Sequence[str] = ()) -> logs.Output:
+    """What a piece of launch work has written, for its log."""
+    found = outputs(state)
+    if found is not None:
+        stdout, stderr = found
+        index = index_records(state)
+    else:
+        stdout, stderr = (_tail(host, devbox_id, work_id, stream, secrets) for stream in ("stdout", "stderr"))
+        index = _index(host, devbox_id, work_id)
+    sizes = state["sizes"]
+    if secrets:  # the index speaks of places in the output as it was
+        stdout, stderr, index = logs.redacted(stdout, secrets), logs.redacted(stderr, secrets), None
+        sizes = [len(stdout), len(stderr)]
+    return logs.Output(
+        started_ms=state.get("started_at_ms") or int(datetime.now().timestamp() * 1000),
+        stdout=stdout,
+        stderr=stderr,
+        sizes=(max(sizes[0], len(stdout)), max(sizes[1], len(stderr))),
+        index=index,
+    )
+
+
+def _tail(host: HostClient, devbox_id: str, work_id: str, stream: Stream, secrets: Sequence[str]) -> bytes:
+    limit = logs.OUTPUT_LIMIT
     try:
-        return host.read(
-            box=devbox_id, id=piece.id, stream=stream, offset=0, limit=TAIL_BYTES, last_lines=logs.LINES_KEPT
-        ).data
+        size = host.read(box=devbox_id, id=work_id, stream=stream, offset=0, limit=0).size
+        data = host.read(box=devbox_id, id=work_id, stream=stream, offset=max(0, size - limit), limit=limit).data
     except HostRefused:
         return b""  # of a command that was lost there may be nothing
+    if secrets and size > limit:
+        return data.partition(b"\n")[2]  # half a secret would not be known for one
+    return data
+
+
+def _index(host: HostClient, devbox_id: str, work_id: str) -> bytes | None:
+    try:
+        return host.index(box=devbox_id, id=work_id).records
+    except HostRefused:
+        return None
 
 
 devbox_flow = DevboxFlow()

@@ -5,6 +5,7 @@ Everything here may be told twice and commits before it returns.
 """
 
 import logging
+import time
 from collections.abc import Sequence
 
 from django.db import connection, transaction
@@ -92,15 +93,20 @@ def on_exits(events: list[ExitEvent]) -> list[str]:
 
 
 def _entrypoint_ended(event: ExitEvent) -> None:
-    entries = [
-        logs.Entry(launch.ENTRYPOINT, event.id, level, message=line)
-        for level, data in (("info", event.stdout), ("error", event.stderr))
-        for line in logs.last_lines(logs.readable(data or b""))
-    ]
-    entries.append(logs.Entry(launch.ENTRYPOINT, event.id, "error" if event.exit else "info", exit_code=event.exit))
+    # Larger outputs are read from the host, and logged, when the box is taken apart.
+    entries: list[logs.Entry] = []
+    if event.stdout is not None and event.stderr is not None:
+        ended_ms = event.exited_at_ms or int(time.time() * 1000)
+        sizes = (event.out_size, event.err_size)
+        told = logs.Output(event.started_at_ms or ended_ms, event.stdout, event.stderr, sizes, event.index)
+        level: logs.Level = "error" if event.exit else "info"
+        entries = [
+            logs.Entry(launch.ENTRYPOINT, event.id, level, exit_code=event.exit, at_ms=ended_ms, output=told),
+        ]
     columns: dict[str, object] = {"step_since": DatabaseNow()}
     lost = (event.reason or {}).get("kind") == "lost"
     if lost:
+        entries = [logs.Entry(launch.ENTRYPOINT, event.id, "error", exit_code=event.exit)]
         reason = "health_check_failed"
         detail = (event.reason or {}).get("detail") or "its end was not seen"
         columns |= {"step": states.CLEAN_UP, **entering(states.CLEAN_UP), "failure_reason": reason}

@@ -12,17 +12,20 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from accounts.sealing import unseal
 from devboxes.environment import PATH, command_environment
+from devboxes.logs import Source
 from devboxes.models import Devbox
 from hostd.messages import SpawnBody, User
 
 ROOT = User(name="root", uid=0, gid=0, home="/root")
-ENTRYPOINT = "entrypoint"
-SETUP = "setup_commands"
+ENTRYPOINT: Literal["entrypoint"] = "entrypoint"
+SETUP: Literal["setup_commands"] = "setup_commands"
 
+PREFIX = "set_"
+"""Of the ids of launch work."""
 DEFAULT_USER = "user"
 DEFAULT_UID = 1000
 
@@ -92,7 +95,7 @@ class Work:
     id: str
     title: str
     body: SpawnBody
-    source: str = SETUP
+    source: Source = SETUP
     awaited: bool = True
     secrets: Sequence[str] = field(default=())
 
@@ -100,7 +103,7 @@ class Work:
 def work_id(devbox_id: str, what: int | str) -> str:
     """The host's id for a piece of launch work: derived, so that a step that runs again asks for the same one."""
     number = int.from_bytes(hashlib.sha256(f"{devbox_id}/{what}".encode()).digest()[:16])
-    return "set_" + "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
+    return PREFIX + "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
 
 
 def clone_url(owner: str, name: str) -> str:

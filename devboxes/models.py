@@ -114,19 +114,36 @@ class DevboxTransition(models.Model):
 
 
 class DevboxLog(models.Model):
-    """A line of a devbox's log about its launch work and its entrypoint. Commands keep their output themselves."""
+    """An entry of a devbox's log: something that happened, or a piece of its launch work (`started_at` is set) with the
+    end of its output and when that came. Executions keep their output themselves."""
 
-    devbox = models.ForeignKey(Devbox, on_delete=models.CASCADE, related_name="logs")
+    devbox = models.ForeignKey(Devbox, on_delete=models.CASCADE, db_index=False, related_name="logs")
     at = models.DateTimeField(db_default=Now())
-    source = models.TextField(help_text="setup_commands or entrypoint")
+    written_at = models.DateTimeField(db_default=Now(), editable=False)
+    source = models.TextField(help_text="setup_commands, entrypoint, exec, files, stats or kmsg")
     level = models.TextField(default="info")
     execution_id = models.TextField(blank=True, default="")
+    shell_name = models.TextField(blank=True, db_default="", default="")
     cmd = models.TextField(null=True, blank=True)
     message = models.TextField(null=True, blank=True)
     exit_code = models.IntegerField(null=True, blank=True)
+    notice_id = models.TextField(null=True, blank=True, unique=True, help_text="What its host told it as.")
+
+    started_at = models.DateTimeField(null=True, blank=True)
+    stdout = models.BinaryField(null=True, blank=True, help_text="The end of it; out_size is the size of the whole.")
+    stderr = models.BinaryField(null=True, blank=True)
+    out_size = models.BigIntegerField(db_default=0, default=0)
+    err_size = models.BigIntegerField(db_default=0, default=0)
+    # As hostd.messages.INDEX_RECORD describes it.
+    output_index = models.BinaryField(null=True, blank=True, help_text="When the output came.")
 
     class Meta:
         ordering = ["id"]
+        indexes = [
+            models.Index("devbox", "at", "id", name="devboxes_devboxlog_list"),
+            models.Index("devbox", "written_at", name="devboxes_devboxlog_new"),
+            models.Index("at", name="devboxes_devboxlog_old"),
+        ]
 
     def __str__(self) -> str:
         return f"{self.source}: {self.message or self.cmd or self.exit_code}"

@@ -2,7 +2,7 @@
 
 from api.asynchronous import Route
 from api.waiting import hub
-from devboxes import api
+from devboxes import api, log_api
 from devboxes.urls import urlpatterns
 
 __all__ = ["ASYNC_ROUTES", "urlpatterns"]
@@ -13,4 +13,6 @@ ASYNC_ROUTES: list[Route] = [
     Route("POST", "/v1/devboxes/create_and_await_running", api.create_and_await_running, "create_and_await_running"),
     Route("POST", "/v1/devboxes/{id}/wait_for_status", api.wait_for_status, "wait_for_devbox", reads=True),
     Route("GET", "/v1/devboxes/evictions/watch", api.watch_evictions, "watch_evictions"),
+    Route("GET", "/v1/devboxes/{id}/logs", log_api.list_logs, "list_logs"),
+    Route("GET", "/v1/devboxes/{id}/logs/tail", log_api.tail_logs, "tail_logs"),
 ]

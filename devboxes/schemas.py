@@ -503,3 +503,24 @@ class EvictionEvent(serializers.Serializer[Any]):
 
     devbox_id = serializers.CharField()
     eviction_deadline_ms = serializers.IntegerField(max_value=INT64_MAX, min_value=0)
+
+
+class DevboxLog(serializers.Serializer[Any]):
+    """One entry of a devbox's log."""
+
+    level = serializers.CharField(help_text="info, warning or error; what a command writes to stderr is error.")
+    timestamp_ms = serializers.IntegerField()
+    source = serializers.ChoiceField(  # type: ignore[assignment]  # DRF's own attribute of this name is the instance's
+        choices=["setup_commands", "entrypoint", "exec", "files", "stats", "kmsg"]
+    )
+    cmd_id = serializers.CharField(required=False, allow_null=True, help_text="The command that it belongs to.")
+    shell_name = serializers.CharField(required=False, allow_null=True, help_text="The named shell it was run in.")
+    cmd = serializers.CharField(required=False, allow_null=True, help_text="The command, when it was started.")
+    message = serializers.CharField(required=False, allow_null=True, help_text="A line.")
+    exit_code = serializers.IntegerField(required=False, allow_null=True, help_text="How it ended.")
+
+
+class DevboxLogsListView(serializers.Serializer[Any]):
+    """The newest entries of a devbox's log, in order."""
+
+    logs = DevboxLog(many=True)

@@ -11,8 +11,10 @@ class ExecutionsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        """Tell the hosts app who answers for `exe_` ids, and the sweep which rows are ours."""
+        """Tell the hosts app who answers for `exe_` ids, logs what they are, and the sweep which rows are ours."""
+        from devboxes import log_sources
         from executions import services, tasks  # noqa: F401
+        from executions.log_source import ExecutionLogs
         from hosts import registry
 
         registry.register(
@@ -26,3 +28,4 @@ class ExecutionsConfig(AppConfig):
                 after_destroy=services.after_destroy,
             ),
         )
+        log_sources.register("exe", ExecutionLogs())

@@ -36,7 +36,8 @@ def sizes_of(execution: Execution) -> dict[str, Any]:
 
 
 def _moving(execution: Execution) -> bool:
-    return execution.state == "running" or execution.open_pipes() or any(s.late for s in execution.streams)
+    # What has ended and is not acknowledged is not known to have ended yet.
+    return not execution.acked or execution.open_pipes() or any(s.late for s in execution.streams)
 
 
 def index(client: Client, executions: Executions, request: dict[str, Any], body: bytes) -> None:
@@ -48,7 +49,7 @@ def index(client: Client, executions: Executions, request: dict[str, Any], body:
 
 
 def sizes(client: Client, executions: Executions, request: dict[str, Any], body: bytes) -> None:
-    """`sizes {box}`: every command that runs, whose pipes are still held, or that wrote after its exit."""
+    """`sizes {box}`: commands that run, whose end is not acknowledged, that wrote after it or might still do so."""
     found = [sizes_of(e) for e in executions.known.values() if _moving(e)]
     client.answer({"ok": True, "executions": found})
 

@@ -55,6 +55,7 @@ __all__ = [
     "client_for",
     "index_records",
     "outputs",
+    "parse_sizes",
     "use_fake",
 ]
 
@@ -84,9 +85,27 @@ class IndexResult:
 
 
 def _index_result(reply: Mapping[str, Any], records: bytes) -> IndexResult:
+    checked_sizes(reply)
     sizes, late = reply["sizes"], reply["late"]
     exited = reply["state"] == "exited"
     return IndexResult((sizes[0], sizes[1]), (late[0], late[1]), exited, reply["started_at_ms"], records)
+
+
+def parse_sizes(line: bytes) -> Sizes:
+    """A line of `changes`. Raises ProtocolError or HostRefused: a box's keeper is not believed."""
+    return checked_sizes(messages.parse_object(line))
+
+
+def checked_sizes(told: Any) -> Sizes:
+    """One command's line of `sizes`. Raises HostRefused for one that cannot be."""
+
+    def two(value: object) -> bool:
+        return isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) and n >= 0 for n in value)
+
+    right = isinstance(told, dict) and messages.is_work_id(told.get("id")) and two(told.get("sizes"))
+    if not right or not two(told.get("late")) or told.get("state") not in ("running", "exited"):
+        raise HostRefused("internal", "what its keeper tells of a command has a wrong field")
+    return cast(Sizes, told)
 
 
 def index_records(reply: StateReply | messages.ExitEvent | Mapping[str, Any]) -> bytes | None:
@@ -279,8 +298,8 @@ class HostClient:
         return self._call("index", None, {"box": box, "id": id, "late": late}, rest)
 
     def sizes(self, *, box: str) -> Sequence[Sizes]:
-        """Every command of the box that runs, whose pipes are still held, or that wrote after its exit."""
-        return cast(Sequence[Sizes], self._ask("sizes", box=box)["executions"])
+        """Commands that run, whose end is not acknowledged, that wrote after it or might still do so."""
+        return [checked_sizes(told) for told in self._ask("sizes", box=box)["executions"]]
 
     def follow(self, *, box: str, id: str, stream: Stream, offset: int = 0) -> Following:
         """The stream from `offset` until it is complete. No time limit but that of silence on the connection."""
@@ -429,7 +448,7 @@ class AsyncHostClient:
 
     async def sizes(self, *, box: str) -> Sequence[Sizes]:
         """See `HostClient.sizes`."""
-        return cast(Sequence[Sizes], (await self._ask("sizes", box=box))["executions"])
+        return [checked_sizes(told) for told in (await self._ask("sizes", box=box))["executions"]]
 
     def changes(self, *, box: str) -> AsyncFollowing:
         """Lines of JSON as `sizes` answers them: of what moves now, then of each command whenever it moved. It never

@@ -108,7 +108,21 @@ def statuses(devbox_id: str) -> list[str]:
 
 def logged(devbox_id: str) -> list[tuple[str | None, str | None, int | None]]:
     """Its log: command, message, exit code of each entry."""
-    return list(DevboxLog.objects.filter(devbox_id=devbox_id).order_by("id").values_list("cmd", "message", "exit_code"))
+    found: list[tuple[str | None, str | None, int | None]] = []
+    for entry in DevboxLog.objects.filter(devbox_id=devbox_id).order_by("id"):
+        if entry.started_at is None:
+            found.append((entry.cmd, entry.message, entry.exit_code))
+            continue
+        if entry.cmd is not None:
+            found.append((entry.cmd, None, None))
+        for output in (entry.stdout, entry.stderr):
+            found += [(None, _text(line), None) for line in bytes(output or b"").splitlines()]
+        found.append((None, None, entry.exit_code))
+    return found
+
+
+def _text(line: bytes) -> str:
+    return line.decode("utf-8", "replace").replace("\0", "\ufffd")
 
 
 @contextlib.contextmanager

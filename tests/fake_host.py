@@ -438,7 +438,7 @@ class FakeHost:
     @_verb
     def sizes(self, *, box: str) -> Sequence[dict[str, Any]]:
         found = self._up(box).executions.values()
-        return [_sizes(execution) for execution in found if execution.state == "running" or any(execution.late)]
+        return [_sizes(execution) for execution in found if not execution.acked or any(execution.late)]
 
     @_verb
     def changes(self, *, box: str) -> FakeChanges:
