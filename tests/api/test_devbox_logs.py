@@ -198,18 +198,18 @@ def test_only_the_end_of_a_large_output_is_looked_at(world, alice, monkeypatch):
 
 
 def test_outputs_in_s3_and_lost_ones(world, alice, monkeypatch):
-    from executions import outputs
+    from storage import objects
 
     kept = completed(world, alice, b"", command="kept")
     body = b"".join(b"%d\n" % n for n in range(1000))
     Execution.objects.filter(pk=kept).update(kept=Kept.STORE, out_size=len(body), stdout=None)
-    monkeypatch.setattr(outputs.objects, "get_range", lambda key, start, length: body[start : start + length])
+    monkeypatch.setattr(objects, "get_range", lambda key, start, length: body[start : start + length])
     assert messages(read(world, alice)) == [str(n) for n in range(1000)]
 
     def broken(*_: Any) -> bytes:
-        raise outputs.objects.StorageError("away")
+        raise objects.StorageError("away")
 
-    monkeypatch.setattr(outputs.objects, "get_range", broken)
+    monkeypatch.setattr(objects, "get_range", broken)
     told = read(world, alice)
     assert [told[0]["cmd"], told[1]["message"], told[2]["exit_code"]] == ["kept", log_reading.GONE, 0]
     Execution.objects.filter(pk=kept).update(kept=Kept.NOWHERE, reason={"kind": "lost", "detail": "gone"})
