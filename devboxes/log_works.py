@@ -13,11 +13,24 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from devboxes.log_lines import BEGAN, ENDED, LATER, LEVELS, STDERR, STDOUT, STREAM_NAMES, WROTE, LogEntry, Times, cut
+from devboxes.log_lines import (
+    BEGAN,
+    ENDED,
+    LATER,
+    LEVELS,
+    LINE_BYTES,
+    STDERR,
+    STDOUT,
+    STREAM_NAMES,
+    WROTE,
+    LogEntry,
+    Times,
+    cut,
+)
 from hostd.messages import LateStream, Stream
 from hosts.client import AsyncHostClient
 
-NEWEST_BYTES: Final = 256 * 1024
+NEWEST_BYTES: Final = 1024 * 1024
 """So much of the end of each stream is looked at for the newest entries."""
 PIECE_BYTES: Final = 64 * 1024
 COMMAND_LIMIT: Final = 16 * 1024
@@ -142,7 +155,7 @@ async def newest(work: Work, output: Output, told: list[int], limit: int, *, who
             last = start + len(data) >= size
             begin = 0
             if start == asked and asked > 0:
-                begin = data.find(b"\n") + 1  # the line it begins in is not all there
+                begin = _next_start(data)  # the line it begins in is not all there
                 found.left_out = True
             begin = max(begin, _start_of_last(data, limit))
             found.left_out = found.left_out or begin > 0
@@ -192,6 +205,14 @@ def _line(work: Work, stream: int, last: int, line: str, times: Times, phase: in
 def _gap(work: Work, stream: int, count: int, at: int, times: Times, phase: int) -> LogEntry:
     message = f"[{count} bytes of {STREAM_NAMES[stream]} were not kept]"
     return work.entry(times.at(stream, at), (phase, stream, at - 1), level="warning", message=message)
+
+
+def _next_start(data: bytes) -> int:
+    """Where the next line begins, or, in one that is too long to be one entry, the next character."""
+    end = data.find(b"\n", 0, LINE_BYTES)
+    if end >= 0:
+        return end + 1
+    return next((at for at in range(min(4, len(data))) if data[at] & 0xC0 != 0x80), 0)
 
 
 def _start_of_last(data: bytes, count: int) -> int:

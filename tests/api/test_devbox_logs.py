@@ -207,7 +207,7 @@ def test_outputs_in_s3_and_lost_ones(world, alice, monkeypatch):
     assert messages(read(world, alice)) == [str(n) for n in range(1000)]
 
     def broken(*_: Any) -> bytes:
-        raise objects.StorageError("away")
+        raise objects.StorageError("a key", "away")
 
     monkeypatch.setattr(objects, "get_range", broken)
     told = read(world, alice)

@@ -138,7 +138,7 @@ def test_strangers_find_nothing(berth, shared) -> None:
 
 def test_binary_and_huge_lines(berth, shared) -> None:
     execution_id = started(
-        berth.owner, shared, r"printf 'a\377\0b\n'; head -c 300000 /dev/zero | tr '\0' x; echo; echo e"
+        berth.owner, shared, r"printf 'a\377\0b\n'; head -c 3000000 /dev/zero | tr '\0' x; echo; echo e"
     )
     assert completed(berth.owner, shared, execution_id)["exit_status"] == 0
     told = messages(read(berth.owner, shared, f"?execution_id={execution_id}"))
