@@ -52,6 +52,7 @@ class Berth:
     LOGS_MAX: int = env.whole("BERTH_LOGS_MAX", 5000)
     LOGS_KEPT: float = env.number("BERTH_LOGS_KEPT", 7 * 86_400.0)
     LOGS_ROWS_MAX: int = env.whole("BERTH_LOGS_ROWS_MAX", 20_000)
+    STATS_SECONDS: int = env.whole("BERTH_STATS_SECONDS", 60)
     STATS_KEPT: float = env.number("BERTH_STATS_KEPT", 86_400.0)
 
     # Overcommit: what may be promised per real unit

@@ -14,7 +14,7 @@ from devboxes import launch, logs, states
 from devboxes.devbox_flow import devbox_flow, entering, transition
 from flows.outcomes import DatabaseNow
 from hosts import registry
-from hosts.registry import BoxExitEvent, ExitEvent, ExpectedBox, ExpectedExecution, HostedKind
+from hosts.registry import BoxExitEvent, ExitEvent, ExpectedBox, ExpectedExecution, HostedKind, NoticeEvent
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,22 @@ def on_exits(events: list[ExitEvent]) -> list[str]:
     return acknowledged
 
 
+def on_notices(events: list[NoticeEvent]) -> list[str]:
+    """What happens to boxes goes into their logs, once each; from the host that has the box only."""
+    false = _false_reports(events)
+    by_box: dict[str, list[logs.Entry]] = {}
+    for event in events:
+        if event.box not in false:
+            entry = logs.Entry(
+                event.source, level=event.level, message=event.message, at_ms=event.at_ms, notice_id=event.id
+            )
+            by_box.setdefault(event.box, []).append(entry)
+    with transaction.atomic(), connection.cursor() as cursor:
+        for box in sorted(by_box):
+            logs.write(cursor, box, by_box[box])
+    return [event.id for event in events]
+
+
 def _entrypoint_ended(event: ExitEvent) -> None:
     # Larger outputs are read from the host, and logged, when the box is taken apart.
     entries: list[logs.Entry] = []
@@ -127,7 +143,7 @@ def _entrypoint_ended(event: ExitEvent) -> None:
                 logs.write(cursor, event.box, entries)
 
 
-def _false_reports(events: Sequence[ExitEvent] | Sequence[BoxExitEvent]) -> set[str]:
+def _false_reports(events: Sequence[ExitEvent | BoxExitEvent | NoticeEvent]) -> set[str]:
     """The boxes among them that another host has, or none: what is told of those is logged and not believed."""
     host_of = {event.box: event.host_id for event in events}
     with connection.cursor() as cursor:
@@ -177,6 +193,9 @@ def on_heard(host_id: str) -> None:
 def register() -> None:
     """Answer for boxes (`dbx_`) and launch work (`set_`)."""
     registry.register(
-        "dbx", HostedKind(on_box_exits=on_box_exits, expected_on_host=expected_on_host, on_heard=on_heard)
+        "dbx",
+        HostedKind(
+            on_box_exits=on_box_exits, on_notices=on_notices, expected_on_host=expected_on_host, on_heard=on_heard
+        ),
     )
     registry.register("set", HostedKind(on_exits=on_exits, expected_on_host=expected_entrypoints))

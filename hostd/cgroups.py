@@ -15,16 +15,28 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Final
 
 MOUNT: Final = "/sys/fs/cgroup"
 _PERIOD_US: Final = 100_000
 _KILL_SECONDS: Final = 10.0
 _REMOVE_SECONDS: Final = 5.0
+_SAMPLED_PROCESSES: Final = 256
 
 
 class Stuck(Exception):
     """A cgroup could not be emptied or removed in its time; the message names both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a cgroup uses. ``cpu_seconds`` matters as a difference only; ``memory_bytes`` leaves out cached files that
+    can be given back at once."""
+
+    cpu_seconds: float
+    memory_bytes: int
+    processes: int
 
 
 class Hierarchies(ABC):
@@ -69,6 +81,10 @@ class Hierarchies(ABC):
         """Has a line `max N`, which rises when the limit on processes was hit."""
 
     # --- using
+
+    @abstractmethod
+    def usage(self, path: str) -> Usage:
+        """What is used now. Raises OSError when there is no such cgroup."""
 
     @abstractmethod
     def freeze(self, path: str) -> None: ...
@@ -181,6 +197,17 @@ class V1(Hierarchies):
         if swap and not raising:
             _write(both, memory_bytes)
 
+    def usage(self, path: str) -> Usage:
+        memory = self._in("memory", path)
+        used = int(_read(f"{memory}/memory.usage_in_bytes"))
+        cached = _value(_read(f"{memory}/memory.stat"), "total_inactive_file")
+        try:
+            seconds = int(_read(f"{self._in('cpu', path)}/cpuacct.usage")) / 1e9
+        except FileNotFoundError:  # another hierarchy counts, which boxes are not in
+            seconds = _cpu_seconds(self.members(path))
+        processes = int(_read(f"{self._in('pids', path)}/pids.current"))
+        return Usage(seconds, max(0, used - cached), processes)
+
     def oom_file(self, path: str) -> str:
         return f"{self._in('memory', path)}/memory.oom_control"
 
@@ -226,6 +253,13 @@ class V2(Hierarchies):
         _write(f"{folder}/cpu.max", f"{max(1000, cpu_millis * _PERIOD_US // 1000)} {_PERIOD_US}")
         _write(f"{folder}/cpu.weight", min(10_000, max(1, cpu_millis // 10)))
 
+    def usage(self, path: str) -> Usage:
+        folder = f"{self.mount}/{path}"
+        used = int(_read(f"{folder}/memory.current"))
+        cached = _value(_read(f"{folder}/memory.stat"), "inactive_file")
+        seconds = _value(_read(f"{folder}/cpu.stat"), "usage_usec") / 1e6
+        return Usage(seconds, max(0, used - cached), int(_read(f"{folder}/pids.current")))
+
     def oom_file(self, path: str) -> str:
         return f"{self.mount}/{path}/memory.events"
 
@@ -260,6 +294,24 @@ def detect(mount: str = MOUNT) -> Hierarchies:
         if not os.path.isdir(f"{mount}/{controller}"):
             raise FileNotFoundError(2, f"this machine offers no {controller} controller", f"{mount}/{controller}")
     return V1(mount)
+
+
+def _value(text: str, name: str) -> int:
+    """The number behind a name in a file of such lines, 0 where it is not there."""
+    for line in text.splitlines():
+        found, _, value = line.partition(" ")
+        if found == name:
+            return int(value)
+    return 0
+
+
+def _cpu_seconds(pids: set[int]) -> float:
+    """What processes and their children that have ended have used, of the first some hundred of them."""
+    ticks = 0
+    for pid in sorted(pids)[:_SAMPLED_PROCESSES]:
+        with contextlib.suppress(OSError, IndexError, ValueError), open(f"/proc/{pid}/stat", "rb") as file:
+            ticks += sum(map(int, file.read().rsplit(b")", 1)[1].split()[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _write(path: str, value: int | str) -> None:

@@ -4,8 +4,8 @@ The keepers are the durable holders of exit events; what is here is a copy in me
 a restart. When the copy grows over a bound (one box's, or that of all) the keepers are not read from until watchers
 have acknowledged enough.
 
-In charge of: the table of unacknowledged events, watchers' connections, heartbeats. Not in charge of: where events come
-from (`keepers.py`), what is on disk (`records.py`).
+In charge of: the table of unacknowledged events, the fields of an exit event, watchers' connections, heartbeats. Not in
+charge of: where events come from (`keepers.py`, `notices.py`), what is on disk (`records.py`).
 """
 
 from __future__ import annotations
@@ -251,3 +251,32 @@ class Watcher:
         except ProtocolError as error:
             log.warning("a watcher is disconnected: %s", error)
             self.close()
+
+
+def exit_event(message: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields of an exit event that the protocol knows, checked; None when one of them is wrong."""
+    event: dict[str, Any] = {"event": "exit", "box": None}
+    if not messages.is_work_id(message.get("id")):
+        return None
+    event["id"] = message["id"]
+    for name, low, high in (("exit", -1, 255), ("started_at_ms", 0, 2**62), ("exited_at_ms", 0, 2**62)):
+        value = message.get(name)
+        if not (isinstance(value, int) and low <= value <= high):
+            return None
+        event[name] = value
+    for name in ("sizes", "dropped"):
+        value = message.get(name)
+        if not (isinstance(value, list) and len(value) == 2 and all(isinstance(x, int) and x >= 0 for x in value)):
+            return None
+        event[name] = value
+    if isinstance(message.get("first_byte_at_ms"), int) and 0 < message["first_byte_at_ms"] < 2**62:
+        event["first_byte_at_ms"] = message["first_byte_at_ms"]
+    reason = message.get("reason")
+    if reason is not None and not (isinstance(reason, dict) and isinstance(reason.get("kind"), str)):
+        return None
+    event["reason"] = reason
+    if isinstance(message.get("stdout"), str) and isinstance(message.get("stderr"), str):
+        event["stdout"], event["stderr"] = message["stdout"], message["stderr"]
+        if isinstance(message.get("index"), str):
+            event["index"] = message["index"]
+    return event

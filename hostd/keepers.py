@@ -20,13 +20,14 @@ import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from hostd import messages, packets
 from hostd.boxes import memory_figures, oom_kills
 from hostd.config import HostConfig, write_file
-from hostd.events import Events
+from hostd.events import Events, exit_event
 from hostd.makers import Makers
 from hostd.messages import BOX_EXIT_ID, Refused, is_work_id
 
@@ -104,6 +105,7 @@ class Keepers:
         self._links: dict[str, Link] = {}  # by slot
         self._by_box: dict[str, Link] = {}
         self._statuses: dict[int, int] = {}  # exit status by pid, of inits that were our children
+        self.noticed: Callable[[str], None] | None = None  # the spawner of a devbox that is up has ended
         os.makedirs(self._folder, mode=0o700, exist_ok=True)
 
     # --- looking
@@ -122,6 +124,10 @@ class Keepers:
         """True while the box's init lives."""
         link = self._links.get(slot)
         return link is not None and link.init is not None
+
+    def limits_of(self, slot: str) -> dict[str, int] | None:
+        """What the box may use; None while it is not up."""
+        return self._links[slot].record.limits if self.is_up(slot) else None
 
     # --- records
 
@@ -462,7 +468,7 @@ class Keepers:
                 # We reached the dead one's queue before its successor, which now empties it, was announced to us.
                 self._lost(link)
         elif kind == "exit":
-            event = _exit_event(message)
+            event = exit_event(message)
             if event is None:
                 log.warning("keeper of %s sent an exit event with a wrong field", link.record.slot)
             elif link.box is not None:
@@ -474,6 +480,8 @@ class Keepers:
                 self._say(link, {"ack": [BOX_EXIT_ID]})
         elif kind == "spawner":
             log.info("spawner of %s: %s %s", link.record.slot, message.get("state"), str(message.get("detail"))[:200])
+            if self.noticed is not None and link.box is not None and message.get("state") == "down" and link.init:
+                self.noticed(link.box)
 
     # --- init
 
@@ -545,35 +553,6 @@ def start_time(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
-
-
-def _exit_event(message: dict[str, Any]) -> dict[str, Any] | None:
-    """The fields of an exit event that the protocol knows, checked; None when one of them is wrong."""
-    event: dict[str, Any] = {"event": "exit", "box": None}
-    if not is_work_id(message.get("id")):
-        return None
-    event["id"] = message["id"]
-    for name, low, high in (("exit", -1, 255), ("started_at_ms", 0, 2**62), ("exited_at_ms", 0, 2**62)):
-        value = message.get(name)
-        if not (isinstance(value, int) and low <= value <= high):
-            return None
-        event[name] = value
-    for name in ("sizes", "dropped"):
-        value = message.get(name)
-        if not (isinstance(value, list) and len(value) == 2 and all(isinstance(x, int) and x >= 0 for x in value)):
-            return None
-        event[name] = value
-    if isinstance(message.get("first_byte_at_ms"), int) and 0 < message["first_byte_at_ms"] < 2**62:
-        event["first_byte_at_ms"] = message["first_byte_at_ms"]
-    reason = message.get("reason")
-    if reason is not None and not (isinstance(reason, dict) and isinstance(reason.get("kind"), str)):
-        return None
-    event["reason"] = reason
-    if isinstance(message.get("stdout"), str) and isinstance(message.get("stderr"), str):
-        event["stdout"], event["stderr"] = message["stdout"], message["stderr"]
-        if isinstance(message.get("index"), str):
-            event["index"] = message["index"]
-    return event
 
 
 def _refuse(connection: socket.socket, refused: Refused) -> None:

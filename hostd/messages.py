@@ -321,12 +321,24 @@ class BoxExitEvent(TypedDict):
     memory: NotRequired[dict[str, int]]  # when oom: kills, limit_bytes, usage_bytes, peak_bytes
 
 
+class NoticeEvent(TypedDict):
+    """Something happened to a box. Acknowledged as ``[box, id]``; only the newest of a box are kept until then."""
+
+    event: Literal["notice"]
+    box: str
+    id: str
+    source: Literal["stats", "kmsg", "exec"]
+    level: Literal["info", "warning", "error"]
+    message: str
+    at_ms: int
+
+
 class HeartbeatEvent(TypedDict):
     event: Literal["heartbeat"]
     monotonic: float
 
 
-Event = ExitEvent | BoxExitEvent | HeartbeatEvent
+Event = ExitEvent | BoxExitEvent | NoticeEvent | HeartbeatEvent
 
 INDEX_RECORD: Final = struct.Struct("<QQ")
 """One record of an index: (milliseconds since 1970) * 2 + (0 for stdout, 1 for stderr); bytes of that stream by then.
@@ -409,7 +421,7 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
         "hostname": (_matches(_HOSTNAME), True),
     },
     "destroy": {"box": (is_box_id, True), "fence": (_fence, True), "keep_disk": (_flag, False)},
-    "watch": {},
+    "watch": {"stats_seconds": (_whole(0, 86_400), False)},
     "set_warm": {"count": (_whole(0, 200), True), "image": (is_image_id, True)},
     "ship": {"digest": (is_digest, True), "body": (_whole(1, SHIP_BODY_MAX), True)},
     "restart": {"digest": (is_digest, True)},
@@ -563,6 +575,15 @@ def parse_event(line: bytes) -> Event:
         raise ProtocolError("an exit event has a wrong field")
     if kind == "box_exit" and not is_box_id(message.get("box")):
         raise ProtocolError("a box_exit event has a wrong field")
+    if kind == "notice" and not (
+        is_box_id(message.get("box"))
+        and is_work_id(message.get("id"))
+        and _one_of("stats", "kmsg", "exec")(message.get("source"))
+        and _one_of("info", "warning", "error")(message.get("level"))
+        and isinstance(message.get("message"), str)
+        and _whole(0, 2**53)(message.get("at_ms"))
+    ):
+        raise ProtocolError("a notice has a wrong field")
     return cast(Event, message)
 
 

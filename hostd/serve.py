@@ -32,6 +32,7 @@ from hostd.fences import Fences
 from hostd.keepers import Keepers
 from hostd.makers import Makers
 from hostd.messages import BOX_VERBS, IDLE_SECONDS, KEPT_SECONDS, LINE_MAX, Refused
+from hostd.notices import Notices
 from hostd.report import Report, boot_id
 from hostd.verbs import Verbs
 
@@ -128,17 +129,19 @@ class Connection:
             self._daemon.keepers.route(self._socket, request, rest)
         elif verb == "watch":
             self._let_go()
-            self._watch(rest)
+            self._watch(request, rest)
         else:
             self._busy()
             self._daemon.run(self._serve(request, rest))
 
-    def _watch(self, rest: bytes) -> None:
+    def _watch(self, request: dict[str, Any], rest: bytes) -> None:
         try:
             self._socket.send(messages.ok())
         except OSError:
             self._socket.close()
             return
+        if "stats_seconds" in request:
+            self._daemon.notices.stats_seconds = request["stats_seconds"]
         self._daemon.events.watch(self._socket, rest)
 
     def _refuse(self, refused: Refused) -> None:
@@ -200,6 +203,8 @@ class Daemon:
         self.fences = Fences(f"{cfg.root}/fences")
         self.verbs = Verbs(cfg, makers, self.keepers, self.events, self.fences, boot)
         self.report = Report(cfg, self.verbs, boot)
+        self.notices = Notices(cfg, self.events, self.verbs.named, self.keepers.limits_of, boot)
+        self.keepers.noticed = self.notices.spawner
 
     @property
     def is_leaving(self) -> bool:
@@ -233,7 +238,8 @@ class Daemon:
         if orphaned:
             await self.keepers.zygote_was_replaced()
         self._listen()
-        own = [loop.create_task(self.verbs.warm.run()), loop.create_task(self._tick())]
+        self.notices.listen()
+        own = [loop.create_task(work) for work in (self.verbs.warm.run(), self._tick(), self.notices.sample_for_ever())]
         self._mark_current()
         log.info(
             "serving %s as %s, %s boxes",
@@ -242,6 +248,7 @@ class Daemon:
             len(self.verbs.named),
         )
         digest = await self._leave
+        self.notices.close()
         await self._drain(own)
         return digest
 

@@ -307,9 +307,10 @@ class HostClient:
         found, inbox, reply, free = self._begin(line, bulk=True)
         return Following(self.host_id, found, inbox, conversation.offset(reply), free)
 
-    def watch(self) -> Watching:
-        """The host's event channel; all unacknowledged events come first. Two at once are allowed and get the same."""
-        stream, inbox, _, free = self._begin(_line("watch", None, {}), bulk=False)
+    def watch(self, *, stats_seconds: int | None = None) -> Watching:
+        """The host's event channel; all unacknowledged events come first. Two at once are allowed and get the same.
+        From then on what boxes use is told every `stats_seconds` (0: never)."""
+        stream, inbox, _, free = self._begin(_line("watch", None, {"stats_seconds": stats_seconds}), bulk=False)
         free()
         return Watching(self.host_id, stream, inbox)
 

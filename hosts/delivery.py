@@ -16,7 +16,7 @@ from django.db import InterfaceError, OperationalError
 from hostd import messages
 from hosts import registry
 from hosts.client import index_records, outputs
-from hosts.registry import BoxExitEvent, ExitEvent, HostedKind
+from hosts.registry import BoxExitEvent, ExitEvent, HostedKind, NoticeEvent
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,12 @@ def box_exit_event(host_id: str, wire: messages.BoxExitEvent) -> BoxExitEvent:
     )
 
 
+def notice_event(host_id: str, wire: messages.NoticeEvent) -> NoticeEvent:
+    """The event as owners see it."""
+    text = wire["message"].encode("utf-8", "replace").decode()
+    return NoticeEvent(host_id, wire["box"], wire["id"], wire["source"], wire["level"], text, wire["at_ms"])
+
+
 def deliver(host_id: str, events: Iterable[messages.Event | dict[str, Any]]) -> list[tuple[str, str]]:
     """Give a batch of wire events to their owners; returns the (box, id) pairs to acknowledge.
 
@@ -94,13 +100,16 @@ def deliver(host_id: str, events: Iterable[messages.Event | dict[str, Any]]) -> 
     """
     exits: list[ExitEvent] = []
     boxes: list[BoxExitEvent] = []
+    notices: list[NoticeEvent] = []
     for event in events:
         if event["event"] == "exit":
             exits.append(exit_event(host_id, event))  # type: ignore[arg-type]
         elif event["event"] == "box_exit":
             boxes.append(box_exit_event(host_id, event))  # type: ignore[arg-type]
+        elif event["event"] == "notice":
+            notices.append(notice_event(host_id, event))  # type: ignore[arg-type]
     # Exits first: a command that ended with its box did end, and its box's end would call it lost.
-    return deliver_exits(exits) + deliver_box_exits(boxes)
+    return deliver_exits(exits) + deliver_box_exits(boxes) + deliver_notices(notices)
 
 
 def deliver_exits(events: Iterable[ExitEvent]) -> list[tuple[str, str]]:
@@ -130,6 +139,19 @@ def deliver_box_exits(events: Iterable[BoxExitEvent]) -> list[tuple[str, str]]:
             acks += [(event.box, messages.BOX_EXIT_ID) for event in batch]
             continue
         acks += [(box, messages.BOX_EXIT_ID) for box in _taken(kind.on_box_exits, batch, "ends of boxes")]
+    return acks
+
+
+def deliver_notices(events: Iterable[NoticeEvent]) -> list[tuple[str, str]]:
+    """As `deliver`, for what ends nothing."""
+    by_kind: dict[HostedKind | None, list[NoticeEvent]] = defaultdict(list)
+    for event in events:
+        by_kind[registry.kind_of(event.box)].append(event)
+    acks: list[tuple[str, str]] = []
+    for kind, batch in by_kind.items():
+        box_of = {event.id: event.box for event in batch}
+        taken = list(box_of) if kind is None else _taken(kind.on_notices, batch, "notices")
+        acks += [(box_of[done], done) for done in taken if done in box_of]
     return acks
 
 

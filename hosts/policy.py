@@ -22,6 +22,8 @@ class Policy:
     """Seconds without a heartbeat after which a host gets no placements and is not dialled by steps."""
     lost_after: float = 900.0
     """Seconds without a heartbeat after which what ran on the host is declared lost."""
+    stats_seconds: float = 60.0
+    """How often hosts tell what each box uses; 0: never."""
     overcommit_cpu: float = 8.0
     """How often a core may be promised. Agents' boxes wait for a model most of the time."""
     overcommit_memory: float = 2.0

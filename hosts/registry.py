@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,6 +54,19 @@ class BoxExitEvent:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class NoticeEvent:
+    """Something that happened to a box and ends nothing."""
+
+    host_id: str
+    box: str
+    id: str
+    source: Literal["stats", "kmsg", "exec"]
+    level: Literal["info", "warning", "error"]
+    message: str
+    at_ms: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ExpectedBox:
     """What a row says should be on a host now. Only rows placed on that host are expected."""
 
@@ -80,6 +93,10 @@ def _no_exits(events: Sequence[ExitEvent]) -> list[str]:
 
 def _no_box_exits(events: Sequence[BoxExitEvent]) -> list[str]:
     return []
+
+
+def _no_notices(events: Sequence[NoticeEvent]) -> list[str]:
+    return [event.id for event in events]
 
 
 def _nothing_expected(host_id: str) -> Sequence[ExpectedBox | ExpectedExecution]:
@@ -115,6 +132,8 @@ class HostedKind:
     Executions that are surely lost come the same way: exit -1, reason `{"kind": "lost", "detail": …}`."""
     on_box_exits: Callable[[list[BoxExitEvent]], list[str]] = _no_box_exits
     """Returns the box ids to acknowledge."""
+    on_notices: Callable[[list[NoticeEvent]], list[str]] = _no_notices
+    """Of boxes with this prefix; returns the notices' ids to acknowledge."""
     expected_on_host: Callable[[str], Sequence[ExpectedBox | ExpectedExecution]] = _nothing_expected
     over: Callable[[Sequence[str]], Mapping[str, int]] = _none_over
     """Those of the ids whose rows are completed (or never were), each with a fence newer than any of its row's: running

@@ -195,7 +195,7 @@ class HostWatch:
 
     def watch(self) -> None:
         """Hear the host until something breaks, which raises, or until the lease is gone."""
-        with self.client.watch() as watching:
+        with self.client.watch(stats_seconds=int(policy().stats_seconds)) as watching:
             self._watching = watching
             try:
                 self._heard_at = time.monotonic()
@@ -284,4 +284,4 @@ class HostWatch:
 
 
 def _key(event: Any) -> tuple[str, str]:
-    return event["box"], event["id"] if event["event"] == "exit" else messages.BOX_EXIT_ID
+    return event["box"], event.get("id", messages.BOX_EXIT_ID)

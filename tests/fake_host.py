@@ -28,6 +28,7 @@ from typing import Any
 
 from django.conf import settings
 
+from api.ids import new_id
 from hostd import messages
 from hosts.client import IndexResult, ReadResult
 from hosts.delivery import deliver
@@ -201,6 +202,14 @@ class FakeHost:
                 "at_ms": _now_ms(),
             }
 
+    def notice(self, box: str, source: str, message: str, *, level: str = "info", at_ms: int | None = None) -> str:
+        """Something happens to a box; waits for `deliver`."""
+        with self.lock:
+            id = new_id("ntc")
+            event = {"event": "notice", "box": box, "id": id, "source": source, "level": level, "message": message}
+            self.unacked[box, id] = {**event, "at_ms": at_ms or _now_ms()}
+            return id
+
     def reboot(self) -> None:
         """The machine restarts: boxes are disks again, commands and unacknowledged exits of them are gone."""
         with self.lock:
@@ -339,7 +348,7 @@ class FakeHost:
         self.digest = digest
 
     @_verb
-    def watch(self) -> FakeWatching:
+    def watch(self, *, stats_seconds: int | None = None) -> FakeWatching:
         return FakeWatching(self)
 
     # --- a box's verbs ---

@@ -207,7 +207,7 @@ def test_outputs_in_s3_and_lost_ones(world, alice, monkeypatch):
     assert messages(read(world, alice)) == [str(n) for n in range(1000)]
 
     def broken(*_: Any) -> bytes:
-        raise objects.StorageError("a key", "away")
+        raise objects.StorageError("read", "a key", "away")
 
     monkeypatch.setattr(objects, "get_range", broken)
     told = read(world, alice)
@@ -403,3 +403,40 @@ def test_notices_are_written_once(world, alice):
     for _ in range(2):
         note(world, logs.Entry("kmsg", level="error", message="killed", notice_id="ntc_1", at_ms=1_000))
     assert [(entry["message"], entry["timestamp_ms"]) for entry in read(world, alice)] == [("killed", 1_000)]
+
+
+def test_notices_of_the_host_are_told_and_not_those_of_another(world, alice):
+    from devboxes.hosted import on_notices
+    from hosts.registry import NoticeEvent
+    from tests.execution_world import make_host
+
+    told = world.fake.notice(world.devbox_id, "kmsg", "Out of memory: killed process python3", level="error")
+    world.fake.notice(world.devbox_id, "stats", "memory 1 of 2 MiB", at_ms=1_000)
+    assert len(world.fake.deliver()) == 2 and not world.fake.unacked
+    other = make_host("other")
+    false = NoticeEvent(other.host_id, world.devbox_id, new_id("ntc"), "kmsg", "info", "a lie", 1_000)
+    assert on_notices([false]) == [false.id]
+    entries = read(world, alice)
+    assert [(entry["source"], entry["level"], entry["message"]) for entry in entries] == [
+        ("stats", "info", "memory 1 of 2 MiB"),
+        ("kmsg", "error", "Out of memory: killed process python3"),
+    ]
+    assert told.startswith("ntc_")
+
+
+def test_old_entries_and_too_many_are_deleted(world, alice, settings):
+    import dataclasses
+
+    from devboxes import tasks
+    from devboxes.models import DevboxLog
+
+    day_ms = 86_400_000
+    now = int(time.time() * 1000)
+    note(world, *(logs.Entry("stats", message=f"stats {days}", at_ms=now - days * day_ms) for days in (0, 2, 9)))
+    note(world, *(logs.Entry("files", message=f"files {days}", at_ms=now - days * day_ms) for days in (0, 2, 9)))
+    assert tasks.purge_logs() == 3
+    assert sorted(DevboxLog.objects.values_list("message", flat=True)) == ["files 0", "files 2", "stats 0"]
+    settings.BERTH = dataclasses.replace(settings.BERTH, LOGS_ROWS_MAX=10)
+    note(world, *(logs.Entry("files", message=str(number)) for number in range(20)))
+    assert tasks.purge_logs() == 13
+    assert DevboxLog.objects.count() == 10 and messages(read(world, alice))[-1] == "19"
