@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hostd import messages
+from hostd import framing, messages
 from hostd.messages import FrameParser, ProtocolError, Refused
 
 BOX = "dbx_01jd4k3v9w8x7y6z5a4b3c2d1e"
@@ -107,7 +107,7 @@ def test_events_are_checked():
 
 
 def test_frames_may_be_cut_anywhere():
-    whole = messages.frame(b"hello") + messages.frame(b"x" * 300) + messages.FRAMES_END + b'{"total":305}\nrest'
+    whole = framing.frame(b"hello") + framing.frame(b"x" * 300) + framing.FRAMES_END + b'{"total":305}\nrest'
     for step in (1, 2, 3, 7, len(whole)):
         parser = FrameParser()
         found = b"".join(piece for at in range(0, len(whole), step) for piece in parser.feed(whole[at : at + step]))
@@ -117,7 +117,7 @@ def test_frames_may_be_cut_anywhere():
 
 def test_a_cut_stream_has_no_trailer():
     parser = FrameParser()
-    parser.feed(messages.frame(b"hello") + messages.FRAMES_END + b'{"total":5}')
+    parser.feed(framing.frame(b"hello") + framing.FRAMES_END + b'{"total":5}')
     assert parser.trailer is None
 
 
@@ -125,9 +125,9 @@ def test_a_frame_over_the_limit():
     with pytest.raises(ProtocolError, match="limit"):
         FrameParser().feed(b"\xff\xff\xff\xff")
     with pytest.raises(ValueError):
-        messages.frame(b"")
+        framing.frame(b"")
 
 
 def test_a_trailer_over_the_limit():
     with pytest.raises(ProtocolError, match="limit"):
-        FrameParser().feed(messages.FRAMES_END + b"x" * (messages.TRAILER_MAX + 1))
+        FrameParser().feed(framing.FRAMES_END + b"x" * (framing.TRAILER_MAX + 1))

@@ -8,7 +8,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('devboxes', '0001_initial'),
+        ('devboxes', '0002_host_clock'),
     ]
 
     operations = [
