@@ -25,8 +25,10 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Literal, NotRequired, TypedDict, cast
 
+from hostd.framing import FRAMES_END as FRAMES_END
 from hostd.framing import FrameParser as FrameParser
 from hostd.framing import ProtocolError as ProtocolError
+from hostd.framing import frame as frame
 from hostd.framing import parse_object as parse_object
 
 PROTOCOL: Final = 1
