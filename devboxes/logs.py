@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from django.db import transaction
+from django.db import connection, transaction
 
 from flows import hints
 
@@ -80,6 +80,12 @@ def write(cursor: Any, devbox_id: str, entries: Sequence[Entry]) -> None:
     columns = zip(*[_columns(entry) for entry in entries], strict=True)
     cursor.execute(_INSERT, [devbox_id, *(list(column) for column in columns), devbox_id])
     transaction.on_commit(lambda: hints.publish(channel(devbox_id)))
+
+
+def note(devbox_id: str, *entries: Entry) -> None:
+    """Append entries in a transaction of their own."""
+    with transaction.atomic(), connection.cursor() as cursor:
+        write(cursor, devbox_id, entries)
 
 
 def _columns(entry: Entry) -> tuple[Any, ...]:

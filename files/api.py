@@ -17,6 +17,7 @@ from django.utils.http import content_disposition_header
 from accounts.caps import CountedStream, limits
 from api.asynchronous import Request, Response, StreamResponse, in_database, json_response
 from api.errors import ApiError, BadRequest, NotFound, TooLarge, TooManyRequests, Unavailable
+from devboxes import logs
 from devboxes import selectors as devboxes
 from devboxes.selectors import ExecutionContext
 from devboxes.services import touch
@@ -50,6 +51,12 @@ async def _context(request: Request) -> ExecutionContext:
         raise BadRequest(f"devbox {context.devbox_id} is {context.status}; its files can be used while it is running")
     await in_database(touch, context.devbox_id)
     return context
+
+
+async def _logged(context: ExecutionContext, what: str, path: str, size: int) -> None:
+    """One entry of the devbox's log for what was done."""
+    entry = logs.Entry("files", message=f"{what} {path}: {size} bytes")
+    await in_database(logs.note, context.devbox_id, entry)
 
 
 def _read(context: ExecutionContext, path: str, **what: Any) -> FileRead:
@@ -98,6 +105,7 @@ async def read_file_contents(request: Request) -> Response:
         async with _read(context, path, limit=TEXT_MAX, text=True) as file:
             request.body.take_for_answer(file.length)
             text = b"".join([piece async for piece in file])
+    await _logged(context, "read", path, len(text))
     return Response(200, {"content-type": "text/plain; charset=utf-8"}, text)
 
 
@@ -119,6 +127,7 @@ async def write_file_contents(request: Request) -> Response:
             async with writing:
                 await writing.write(data)
                 await writing.finish()
+    await _logged(context, "wrote", given["file_path"], len(data))
     return json_response({"devbox_id": context.devbox_id, "stdout": "", "stderr": "", "exit_status": 0})
 
 
@@ -127,7 +136,7 @@ async def upload_file(request: Request) -> Response:
     boundary_first = request.headers.get("content-type")
     forms.boundary_of(boundary_first)
     context = await _context(request)
-    path = b""
+    path, size = b"", 0
     seen: set[str] = set()
     with _told(context):
         async with contextlib.AsyncExitStack() as held:
@@ -146,12 +155,14 @@ async def upload_file(request: Request) -> Response:
                         raise BadRequest(f"path: longer than {PATH_MAX} bytes")
                 elif writing is not None:
                     await writing.write(item)
+                    size += len(item)
             if not path:
                 raise BadRequest("path: this part of the form is missing or empty")
             if writing is None:
                 await _write(context, path).whole(b"")
             else:
                 await writing.finish(None if named else path)
+    await _logged(context, "uploaded", path.decode("utf-8", "replace"), size)
     return json_response({})
 
 
@@ -184,6 +195,11 @@ async def download_file(request: Request) -> Response | StreamResponse:
         "etag": _etag(file),
         "x-content-type-options": "nosniff",
     }
+    try:
+        await _logged(context, "downloaded", path, file.length)
+    except BaseException:
+        await file.aclose()
+        raise
     if wanted is None:
         return StreamResponse(200, headers, await _counted(request, cap, file))
     if file.length == 0:
