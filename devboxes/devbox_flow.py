@@ -19,7 +19,7 @@ from devboxes.models import Devbox, DevboxLog
 from flows.engine import Flow, Row, Settled
 from flows.outcomes import DatabaseNow, Done, Next, Outcome, Superseded, Wait
 from flows.statements import Alongside
-from hostd.messages import Stream
+from hostd.messages import LateStream, Sizes, Stream
 from hosts import delivery, placement, registry
 from hosts.client import HostClient, HostRefused, HostUnreachable, StaleFence, client_for, index_records, outputs
 from hosts.models import Host, HostState
@@ -39,6 +39,7 @@ CLOCK_SLACK_SECONDS = 2.0
 """How far the two clocks may differ over a devbox's life without one of them having been set."""
 BEFORE_DESTROY = timedelta(seconds=60)
 BEFORE_DESTROY_AGAIN_SECONDS = 0.5
+LATE_KEPT = 200
 WHY_LIMIT = 2000
 WHY_LINES = 10
 
@@ -303,6 +304,7 @@ class DevboxFlow(Flow[DevboxRow]):
         if row.now - row.step_since < BEFORE_DESTROY and not registry.before_destroy(row.id):
             return Wait(BEFORE_DESTROY_AGAIN_SECONDS)
         self._keep_entrypoint(row)
+        self._keep_late(row)
         try:
             self._host(row).destroy(box=row.id, fence=row.fence, keep_disk=_is_lost(row))
         except HostUnreachable:
@@ -331,6 +333,26 @@ class DevboxFlow(Flow[DevboxRow]):
         )  # fmt: skip
         with transaction.atomic(), connection.cursor() as cursor:
             logs.write(cursor, row.id, [entry])
+
+    def _keep_late(self, row: DevboxRow) -> None:
+        """Log the end of what background processes wrote after their commands had ended, of LATE_KEPT commands."""
+        host = self._host(row)
+        entries: list[logs.Entry] = []
+        try:
+            moving = [told for told in host.sizes(box=row.id) if any(told["late"])]
+            kept = set(
+                DevboxLog.objects.filter(
+                    devbox_id=row.id, started_at__isnull=False, execution_id__in=[told["id"] for told in moving]
+                ).values_list("execution_id", flat=True)
+            )
+            for told in [told for told in moving if told["id"] not in kept][-LATE_KEPT:]:
+                row.check()
+                entries.append(logs.Entry("exec", told["id"], output=_late(host, row.id, told)))
+        except (HostRefused, HostUnreachable):
+            pass  # what is had is kept
+        if entries:
+            with transaction.atomic(), connection.cursor() as cursor:
+                logs.write(cursor, row.id, entries)
 
     @staticmethod
     def _host(row: DevboxRow) -> HostClient:
@@ -461,6 +483,21 @@ def _tail(host: HostClient, devbox_id: str, work_id: str, stream: Stream, secret
     if secrets and size > limit:
         return data.partition(b"\n")[2]  # half a secret would not be known for one
     return data
+
+
+def _late(host: HostClient, devbox_id: str, told: Sizes) -> logs.Output:
+    def tail(stream: LateStream, size: int) -> bytes:
+        start = max(0, size - logs.OUTPUT_LIMIT)
+        return host.read(box=devbox_id, id=told["id"], stream=stream, offset=start, limit=logs.OUTPUT_LIMIT).data
+
+    out, err = told["late"]
+    return logs.Output(
+        started_ms=told["started_at_ms"],
+        stdout=tail("late_stdout", out),
+        stderr=tail("late_stderr", err),
+        sizes=(out, err),
+        index=host.index(box=devbox_id, id=told["id"], late=True).records,
+    )
 
 
 def _index(host: HostClient, devbox_id: str, work_id: str) -> bytes | None:

@@ -104,6 +104,8 @@ def _candidates(works: Sequence[Work], moving: Mapping[str, Told]) -> list[tuple
     found: list[tuple[float, Work]] = []
     for work in works:
         there = moving.get(work.id)
+        if there is not None and work.source == "exec" and work.cmd is None:
+            continue  # what was kept of its late output, while the host still has it
         ended_ms = None if there is not None and any(there["late"]) else work.ended_ms
         found.append((float("inf") if ended_ms is None else ended_ms, work))
     return found
@@ -156,7 +158,7 @@ async def _newest_of(
             entries = [*work.beginning(work.began_ms or work.ended_ms or 0), *entries]
         cursor.begun = True
         if work.ended_ms is not None:
-            entries.append(work.ending())
+            entries += work.ending()
             if there is not None and any(there["late"]) and client is not None:
                 output = await late_output(client, scope.devbox_id, work.id)
                 entries += (await newest(work, output, cursor.late, limit, whole=whole, phase=LATER)).entries
@@ -170,7 +172,7 @@ async def _newest_of(
             work.entry(work.ended_ms or 0, (1,), level="error", message=GONE),
         ]
         if work.ended_ms is not None:
-            entries.append(work.ending())
+            entries += work.ending()
     if work.ended_ms is None or any(cursor.late):
         found.cursors[work.id] = cursor
     if work.ended_ms is not None:

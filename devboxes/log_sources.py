@@ -148,15 +148,17 @@ _LAUNCHED_IN: Final = (states.LAUNCH, states.RUNNING, states.TEARDOWN, states.CL
 
 class LaunchWork:
     """The launch work of devboxes as a source: what has ended is in the rows, what runs is the plan's. Work with a
-    secret in it is shown only when it has ended, for then its whole output has been looked through."""
+    secret in it is shown only when it has ended, for then its whole output has been looked through.
+
+    Rows also have what commands' background processes wrote after their end, once the box is gone."""
 
     def newest(self, scope: Scope, limit: int) -> Sequence[Work]:
         """See LogSource."""
-        if not scope.has_launch_work or scope.shell_name is not None:
+        if scope.shell_name is not None:
             return []
         rows = fetch_all(_LAUNCHED, {**_parameters(scope), "limit": limit})
         ended = [_launched(row) for row in rows]
-        if scope.done or scope.step not in _LAUNCHED_IN:
+        if not scope.has_launch_work or scope.done or scope.step not in _LAUNCHED_IN:
             return ended
         known = {work.id for work in ended}
         try:

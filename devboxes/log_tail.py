@@ -315,7 +315,7 @@ class Follower:
                 return False, []
             log.warning("the log of %s: the output of %s cannot be read: %r", self._scope.devbox_id, work.id, error)
             self._finished(work)
-            return False, [work.entry(work.ended_ms, (1,), level="error", message=GONE), work.ending()]
+            return False, [work.entry(work.ended_ms, (1,), level="error", message=GONE), *work.ending()]
 
     async def _next_of(self, work: Work, cursor: Cursor) -> tuple[bool, list[LogEntry]]:
         output: Output | None
@@ -337,7 +337,7 @@ class Follower:
             return True, entries
         cursor.seen = list(output.sizes) if output is not None else [0, 0]
         if work.ended_ms is not None:
-            entries.append(work.ending())
+            entries += work.ending()
             self._finished(work)
         return False, entries
 

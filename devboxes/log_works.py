@@ -83,11 +83,12 @@ class Work:
         cut_off = " […]" if len(self.cmd) > COMMAND_LIMIT else ""
         return [self.entry(began_ms, (BEGAN,), cmd=self.cmd[:COMMAND_LIMIT] + cut_off)]
 
-    def ending(self) -> LogEntry:
-        """What says how it ended."""
-        assert self.ended_ms is not None
+    def ending(self) -> list[LogEntry]:
+        """What says how it ended; nothing of one that was not seen to end."""
+        if self.ended_ms is None or (self.exit_code is None and self.why is None):
+            return []
         level = "error" if self.exit_code else "info"
-        return self.entry(self.ended_ms, (ENDED,), level=level, message=self.why, exit_code=self.exit_code)
+        return [self.entry(self.ended_ms, (ENDED,), level=level, message=self.why, exit_code=self.exit_code)]
 
     def times(self, output: Output) -> Times:
         """When the bytes of its output came."""

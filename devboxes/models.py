@@ -127,7 +127,7 @@ class DevboxLog(models.Model):
     cmd = models.TextField(null=True, blank=True)
     message = models.TextField(null=True, blank=True)
     exit_code = models.IntegerField(null=True, blank=True)
-    notice_id = models.TextField(null=True, blank=True, unique=True, help_text="What its host told it as.")
+    notice_id = models.TextField(null=True, blank=True, help_text="What its host told it as.")
 
     started_at = models.DateTimeField(null=True, blank=True)
     stdout = models.BinaryField(null=True, blank=True, help_text="The end of it; out_size is the size of the whole.")
@@ -144,6 +144,7 @@ class DevboxLog(models.Model):
             models.Index("devbox", "written_at", name="devboxes_devboxlog_new"),
             models.Index("at", name="devboxes_devboxlog_old"),
         ]
+        constraints = [models.UniqueConstraint(fields=["notice_id"], name="devboxes_devboxlog_notice_once")]
 
     def __str__(self) -> str:
         return f"{self.source}: {self.message or self.cmd or self.exit_code}"

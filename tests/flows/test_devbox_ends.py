@@ -8,12 +8,13 @@ import pytest
 from django.db import connection
 
 from api.callers import Caller
+from api.ids import new_id
 from devboxes import launch, services, states
 from devboxes.devbox_flow import devbox_flow
 from devboxes.models import Devbox
 from flows.outcomes import Next
 from hosts import delivery, registry
-from hosts.client import use_fake
+from hosts.client import HostRefused, use_fake
 from hosts.models import Host
 from tests.devbox_world import (
     claim,
@@ -241,3 +242,31 @@ def test_what_another_host_tells_of_a_devbox_is_not_believed(
     assert logged(serving) == [("serve", None, None)]
     told = [record.getMessage() for record in caplog.records if "not believed" in record.getMessage()]
     assert len(told) == 4 and all(other.host_id in line and fake.host_id in line for line in told), told
+
+
+def test_what_the_entrypoint_and_background_processes_wrote_outlives_the_box(caller: Caller, fake: FakeHost) -> None:
+    devbox_id = created_running(caller, entrypoint="serve")
+    work_id = launch.work_id(devbox_id, launch.ENTRYPOINT)
+    entrypoint = fake.boxes[devbox_id].executions[work_id]
+    entrypoint.stdout = b"".join(b"request %d\n" % n for n in range(10_000))
+    left = new_id("exe")
+    fake.spawn(box=devbox_id, id=left, fence=1, body={"command": "server &"})
+    fake.finish(left, exit=0)
+    fake.boxes[devbox_id].executions[left].late = [b"served\n", b""]
+    services.request_shutdown(devbox_id)
+    fake.fail("destroy")
+    work()
+    sleep_over(devbox_id)
+    work()
+    assert row(devbox_id).step == "gone"
+    found = logged(devbox_id)
+    assert found.count((None, "request 9999", None)) == 1 and found.count((None, "served", None)) == 1
+
+
+def test_a_host_that_cannot_tell_what_was_written_holds_up_no_end(caller: Caller, fake: FakeHost) -> None:
+    devbox_id = created_running(caller, entrypoint="serve")
+    services.request_shutdown(devbox_id)
+    fake.fail("sizes", HostRefused("unknown_verb", "an earlier release"))
+    fake.fail("state", HostRefused("unknown_id", "never heard of it"))
+    work()
+    assert row(devbox_id).step == "gone"
