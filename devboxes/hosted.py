@@ -114,10 +114,10 @@ def _entrypoint_ended(event: ExitEvent) -> None:
     if event.stdout is not None and event.stderr is not None:
         ended_ms = event.exited_at_ms or int(time.time() * 1000)
         sizes = (event.out_size, event.err_size)
-        told = logs.Output(event.started_at_ms or ended_ms, event.stdout, event.stderr, sizes, event.index)
+        wrote = logs.Output(event.started_at_ms or ended_ms, event.stdout, event.stderr, sizes, event.index)
         level: logs.Level = "error" if event.exit else "info"
         entries = [
-            logs.Entry(launch.ENTRYPOINT, event.id, level, exit_code=event.exit, at_ms=ended_ms, output=told),
+            logs.Entry(launch.ENTRYPOINT, event.id, level, exit_code=event.exit, at_ms=ended_ms, output=wrote),
         ]
     columns: dict[str, object] = {"step_since": DatabaseNow()}
     lost = (event.reason or {}).get("kind") == "lost"

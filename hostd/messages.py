@@ -22,9 +22,20 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal, NotRequired, TypedDict, cast
 
+from hostd.checks import HOSTNAME as _HOSTNAME
+from hostd.checks import REQUEST as _REQUEST
+from hostd.checks import Check
+from hostd.checks import flag as _flag
+from hostd.checks import is_box_id as is_box_id
+from hostd.checks import is_digest as is_digest
+from hostd.checks import is_image_id as is_image_id
+from hostd.checks import is_work_id as is_work_id
+from hostd.checks import matches as _matches
+from hostd.checks import one_of as _one_of
+from hostd.checks import whole as _whole
 from hostd.framing import FRAMES_END as FRAMES_END
 from hostd.framing import FrameParser as FrameParser
 from hostd.framing import ProtocolError as ProtocolError
@@ -343,52 +354,6 @@ INDEX_RECORD: Final = struct.Struct("<QQ")
 Every byte of a stream belongs to the first record of that stream that reaches beyond it."""
 
 # --- checking -------------------------------------------------------------------------------------------------------
-
-_ULID = "[0-9a-hjkmnp-tv-z]{26}"
-_BOX = re.compile(f"dbx_{_ULID}")
-_ID = re.compile(f"[a-z]{{3}}_{_ULID}")
-_IMAGE = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-_REQUEST = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-Check = Callable[[Any], bool]
-
-
-def is_box_id(text: object) -> bool:
-    """True for a devbox id, ``dbx_`` and a lower-case ULID."""
-    return isinstance(text, str) and _BOX.fullmatch(text) is not None
-
-
-def is_work_id(text: object) -> bool:
-    """True for the id of something that runs in a box (an execution, launch work)."""
-    return isinstance(text, str) and _ID.fullmatch(text) is not None
-
-
-def is_image_id(text: object) -> bool:
-    return isinstance(text, str) and _IMAGE.fullmatch(text) is not None
-
-
-def is_digest(text: object) -> bool:
-    """True for a lower-case hexadecimal sha256."""
-    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
-
-
-def _matches(pattern: re.Pattern[str]) -> Check:
-    return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
-
-
-def _whole(low: int, high: int) -> Check:
-    # bool is an int to Python, not to the protocol.
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _one_of(*allowed: str) -> Check:
-    return lambda value: isinstance(value, str) and value in allowed
 
 
 def _ids(value: Any) -> bool:
