@@ -242,7 +242,13 @@ def berth(live_folder: Path) -> Iterator[Berth]:
     faults.mkdir()
     faults.chmod(0o777)  # the worker, which is not root, takes the switch away
     fault = str(faults / "armed")
-    up = Up(live_folder / "s", BERTH_POOL_GB="12", BERTH_BIND=f"127.0.0.1:{free_port()}", BERTH_FAULT_FILE=fault)
+    up = Up(
+        live_folder / "s",
+        BERTH_POOL_GB="12",
+        BERTH_STATS_SECONDS="5",
+        BERTH_BIND=f"127.0.0.1:{free_port()}",
+        BERTH_FAULT_FILE=fault,
+    )
     up.state.create()
     marks = traces.Marks.of(up.state)
     try:

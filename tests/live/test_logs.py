@@ -201,3 +201,37 @@ def test_the_entrypoints_output_outlives_the_devbox(berth) -> None:
     told = read(berth.owner, box)
     assert messages(told, source="entrypoint") == ["one", "two"]
     assert messages(told, cmd_id=execution_id)[-1] == "40000"
+
+
+def wait_for(key: Any, box: str, wanted: Any, within: float = 20.0) -> dict[str, Any]:
+    """The first entry that `wanted` takes, once there is one."""
+    deadline = time.monotonic() + within
+    while True:
+        told = read(key, box)
+        for entry in told:
+            if wanted(entry):
+                return entry
+        assert time.monotonic() < deadline, told[-20:]
+        time.sleep(0.2)
+
+
+def test_kills_samples_files_and_a_killed_spawner_are_told_of_their_box_alone(berth) -> None:
+    box = berth.owner.create(name="told", launch_parameters={"resource_size_request": "X_SMALL"})
+    other = berth.owner.create(name="quiet")
+    berth.owner.post(f"/v1/devboxes/{box}/write_file_contents", {"file_path": "note.txt", "contents": "kept"})
+    greedy = started(berth.owner, box, "exec -a greedy python3 -c 'x = b\"x\" * (4 << 30)'")
+    assert completed(berth.owner, box, greedy)["exit_status"] == 137
+    kill = wait_for(berth.owner, box, lambda entry: entry["source"] == "kmsg")
+    assert kill["level"] == "error" and "killed process python3 (virtual" in kill["message"]
+    assert abs(kill["timestamp_ms"] / 1000 - time.time()) < 30
+    berth.owner.run(box, "sudo pkill -9 -x boxd; true")
+    wait_for(berth.owner, box, lambda entry: "ended from inside" in entry.get("message", ""))
+    assert berth.owner.run(box, "echo still here")[0] == "still here\n"
+    told = read(berth.owner, box)
+    assert messages(told, source="files") == ["wrote note.txt: 4 bytes"]
+    sample = wait_for(berth.owner, box, lambda entry: entry["source"] == "stats" and "cpu" in entry["message"])
+    assert " MiB, disk " in sample["message"] and " of 1024 MiB" in sample["message"]
+    quiet = read(berth.owner, other)
+    assert {entry["source"] for entry in quiet} <= {"stats"}, quiet
+    for made in (box, other):
+        berth.owner.shutdown(made)
