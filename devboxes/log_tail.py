@@ -43,6 +43,9 @@ LOOK_SECONDS: Final = 2.0
 LOOK_LISTENING_SECONDS: Final = 10.0
 SOON_SECONDS: Final = 0.005
 """How soon is asked again for an end that the row does not know yet; doubles up to LOOK_SECONDS."""
+NEAR_BYTES: Final = 64 * 1024
+NEAR_RECORDS: Final = 256
+"""A command that has written little since it was looked at last is not asked for its whole index again."""
 ASK_FOR_MAX: Final = 500
 WORKS_AT_ONCE: Final = 8
 MOVED_MAX: Final = 50_000
@@ -322,7 +325,11 @@ class Follower:
         if work.ended_ms is None:
             assert self._scope.host_id is not None
             client = async_client_for(self._scope.host_id)
-            output, work.began_ms = await host_output(client, self._scope.devbox_id, work.id)
+            told = self._moved.get(work.id)
+            near = told is not None and sum(told["sizes"]) - sum(cursor.told) < NEAR_BYTES
+            output, work.began_ms = await host_output(
+                client, self._scope.devbox_id, work.id, NEAR_RECORDS if near and cursor.begun else None
+            )
         else:
             output = await work.output() if work.output is not None else None
         entries: list[LogEntry] = []

@@ -106,9 +106,12 @@ class Cursor:
     late_seen: list[int] = field(default_factory=lambda: [-1, -1])
 
 
-async def host_output(client: AsyncHostClient, devbox_id: str, work_id: str) -> tuple[Output, int]:
-    """The output of a command from its host, and when it was started, in ms. Raises HostError."""
-    found = await client.index(box=devbox_id, id=work_id)
+async def host_output(
+    client: AsyncHostClient, devbox_id: str, work_id: str, last: int | None = None
+) -> tuple[Output, int]:
+    """The output of a command from its host, and when it was started, in ms. `last`: so many records of its index are
+    enough. Raises HostError."""
+    found = await client.index(box=devbox_id, id=work_id, last=last)
 
     async def read(stream: int, start: int, length: int) -> tuple[int, bytes]:
         name: Stream = "stdout" if stream == STDOUT else "stderr"

@@ -8,6 +8,7 @@ Not in charge of: the wire (clients.py), lines, which the reader cuts.
 from __future__ import annotations
 
 from hostd import packets, requests
+from hostd.output_index import MAX_RECORDS, RECORD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,10 +42,12 @@ def _moving(execution: Execution) -> bool:
 
 
 def index(client: Client, executions: Executions, request: dict[str, Any], body: bytes) -> None:
-    """`index {box, id, late}`: the line of `sizes`, with the records of the output or of what came after the exit."""
+    """`index {box, id, late, last}`: the line of `sizes`, with the records of the output or of what came after the exit;
+    the last so many of them."""
     execution = executions.find(requests.execution_id(request))
     found = execution.late if requests.flag(request, "late", False) else execution.index
-    records = found.read() if found is not None else b""
+    last = requests.whole(request, "last", 1, MAX_RECORDS, default=MAX_RECORDS)
+    records = found.read()[-last * RECORD.size :] if found is not None else b""
     client.answer({"ok": True, **sizes_of(execution), "body": len(records)}, records)
 
 

@@ -429,7 +429,12 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
         "body": (_whole(0, STDIN_BODY_MAX), True),
     },
     "list": {"box": (is_box_id, True)},
-    "index": {"box": (is_box_id, True), "id": (is_work_id, True), "late": (_flag, False)},
+    "index": {
+        "box": (is_box_id, True),
+        "id": (is_work_id, True),
+        "late": (_flag, False),
+        "last": (_whole(1, 4096), False),
+    },
     "sizes": {"box": (is_box_id, True)},
     "changes": {"box": (is_box_id, True)},
     # Their further fields are the keeper's to check; what they are answered is told in hostd/terminals.py and files.py.

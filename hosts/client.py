@@ -286,8 +286,9 @@ class HostClient:
 
         return self._call("read", None, fields, rest, bulk=limit > SMALL_READ)
 
-    def index(self, *, box: str, id: str, late: bool = False) -> IndexResult:
-        """When the command's output came, or, with `late`, what it left behind wrote after its exit."""
+    def index(self, *, box: str, id: str, late: bool = False, last: int | None = None) -> IndexResult:
+        """When the command's output came, or, with `late`, what it left behind wrote after its exit; the `last` so many
+        records, or all."""
 
         def rest(inbox: conversation.Inbox, reply: dict[str, Any], pull: Callable[[], None]) -> IndexResult:
             size = conversation.body_size(self.host_id, reply, messages.INDEX_MAX)
@@ -295,7 +296,7 @@ class HostClient:
                 pull()
             return _index_result(reply, data)
 
-        return self._call("index", None, {"box": box, "id": id, "late": late}, rest)
+        return self._call("index", None, {"box": box, "id": id, "late": late, "last": last}, rest)
 
     def sizes(self, *, box: str) -> Sequence[Sizes]:
         """Commands that run, whose end is not acknowledged, that wrote after it or might still do so."""
@@ -442,9 +443,10 @@ class AsyncHostClient:
         reply = await self._call("read", None, fields, messages.READ_MAX, bulk=limit > SMALL_READ)
         return ReadResult(reply["size"], reply["offset"], reply["data"])
 
-    async def index(self, *, box: str, id: str, late: bool = False) -> IndexResult:
+    async def index(self, *, box: str, id: str, late: bool = False, last: int | None = None) -> IndexResult:
         """See `HostClient.index`."""
-        reply = await self._call("index", None, {"box": box, "id": id, "late": late}, messages.INDEX_MAX)
+        fields = {"box": box, "id": id, "late": late, "last": last}
+        reply = await self._call("index", None, fields, messages.INDEX_MAX)
         return _index_result(reply, reply["data"])
 
     async def sizes(self, *, box: str) -> Sequence[Sizes]:

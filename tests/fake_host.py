@@ -437,11 +437,12 @@ class FakeHost:
         return FakeFollowing(self, self._output(box, id), stream, offset)
 
     @_verb
-    def index(self, *, box: str, id: str, late: bool = False) -> IndexResult:
+    def index(self, *, box: str, id: str, late: bool = False, last: int | None = None) -> IndexResult:
         execution = self._execution(box, id)
         sizes, tails = _sizes(execution)["sizes"], _sizes(execution)["late"]
         exited = execution.state == "exited"
         records = _records(execution.late_records if late else execution.records, execution, late=late)
+        records = records[-messages.INDEX_RECORD.size * (last or 4096) :]
         return IndexResult((sizes[0], sizes[1]), (tails[0], tails[1]), exited, execution.started_at_ms, records)
 
     @_verb
