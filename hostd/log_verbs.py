@@ -42,8 +42,8 @@ def _moving(execution: Execution) -> bool:
 
 
 def index(client: Client, executions: Executions, request: dict[str, Any], body: bytes) -> None:
-    """`index {box, id, late, last}`: the line of `sizes`, with the records of the output or of what came after the exit;
-    the last so many of them."""
+    """`index {box, id, late, last}`: the line of `sizes`, with the last so many records of the output, or of what came
+    after the exit."""
     execution = executions.find(requests.execution_id(request))
     found = execution.late if requests.flag(request, "late", False) else execution.index
     last = requests.whole(request, "last", 1, MAX_RECORDS, default=MAX_RECORDS)
