@@ -39,6 +39,9 @@ _FIRST_BACK_OFF, _LONGEST_BACK_OFF, _STEADY = 0.25, 5.0, 15.0
 #: A log file is copied to ``NAME.log.1`` and emptied when it is longer than this many bytes; looked at every minute.
 _LOG_LIMIT, _LOG_LOOK = 64 << 20, 60.0
 
+#: Open files of a process, a client each: thousands wait on one web server.
+OPEN_FILES = 65_536
+
 
 class StepFailed(RuntimeError):
     """A step of the start did not get where it had to.  Says which step, why, and where its log is."""
@@ -133,6 +136,16 @@ def _launch(
         start_new_session=True,  # a Ctrl-C on the terminal is for the supervisor, which stops them in order
         preexec_fn=setup,
     )
+
+
+def raise_open_files(say: Progress) -> None:
+    """Let what is started from here have OPEN_FILES files open, or say what it will do without."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < OPEN_FILES:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, OPEN_FILES))
+        except (OSError, ValueError):
+            say(f"limits       {hard} open files a process, which this machine does not raise: fewer clients can wait")
 
 
 class Supervisor:

@@ -39,7 +39,7 @@ from config.state import (
     process_environment,
     reserve,
 )
-from config.supervisor import Progress, Service, StepFailed, Supervisor, end_leftovers
+from config.supervisor import Progress, Service, StepFailed, Supervisor, end_leftovers, raise_open_files
 
 #: The web server's port when it is free and none was asked for; only a habit, another one is found otherwise.
 _USUAL_PORT = 8420
@@ -273,6 +273,7 @@ def main() -> int:
 def run(installation: Installation) -> int:
     """``main`` for a held lock; also what the throwaway installations run."""
     say = installation.say
+    raise_open_files(say)
     with interrupts() as ignore_further:
         code = 0
         try:
