@@ -19,7 +19,7 @@ from tests.bench.wire import Event, Events, Server, Unexpected, follow_all
 
 T = TypeVar("T")
 
-_LINES = """exec 9<> <(:); read -t {wait} -u 9
+NUMBERED_LINES = """exec 9<> <(:); read -t {wait} -u 9
 for ((i = 1; i <= {count}; i++)); do echo "$i $EPOCHREALTIME"; read -t {pause} -u 9; done; true"""
 """Numbered lines that say when they were written, and no process for any of it."""
 
@@ -81,7 +81,7 @@ def first_byte_ms(target: Target) -> Iterator[Figure]:
     count = 60 if target.quick else 300
     with target.boxes(1) as (box,):
         lines = Lines(count)
-        path = target.start(box, _LINES.format(wait=1, count=count, pause=0.05))
+        path = target.start(box, NUMBERED_LINES.format(wait=1, count=count, pause=0.05))
         stream = Events(target.server, f"{path}/stream_stdout_updates")
         try:
             follow_all([stream], 50, lambda _, event: lines.take(event))
@@ -99,9 +99,9 @@ def streams_200(target: Target) -> Iterator[Figure]:
         parts = Parts(target.up, {"one web": web.pid})
         server = Server(web.base_url, target.key)
         with target.boxes(1) as (box,):  # one of each thing that is made on first use
-            _drain(Events(server, f"{target.start(box, 'echo')}/stream_stdout_updates"))
+            drain(Events(server, f"{target.start(box, 'echo')}/stream_stdout_updates"))
         before = pss_mb([web.pid])
-        command = _LINES.format(wait=3 if target.quick else 8, count=lines_each, pause=0.5)
+        command = NUMBERED_LINES.format(wait=3 if target.quick else 8, count=lines_each, pause=0.5)
         paths = [target.start(boxes[number % 4], command) for number in range(count)]
         checks = [Lines(lines_each) for _ in paths]
         during: list[float] = []
@@ -197,7 +197,7 @@ def slow_reader_1gib(target: Target) -> Iterator[Figure]:
         target.run(box, f"base64 -w 63 /dev/urandom | head -c {block} >block")
         wanted = target.run(box, f"({write}) | sha256sum").split()[0]
         server = Server(web.base_url, target.key)
-        _drain(Events(server, f"{target.start(box, 'echo')}/stream_stdout_updates"))
+        drain(Events(server, f"{target.start(box, 'echo')}/stream_stdout_updates"))
 
         def memory() -> dict[str, float]:
             found = parts.pids(processes())
@@ -207,7 +207,7 @@ def slow_reader_1gib(target: Target) -> Iterator[Figure]:
         stream = Events(server, f"{target.start(box, write)}/stream_stdout_updates")
         try:
             with Sampled(memory, 0.25) as sampled:
-                found, size = _dawdle(stream, 3.0 if target.quick else 10.0)
+                found, size = dawdle(stream, 3.0 if target.quick else 10.0)
         finally:
             stream.close()
     if found != wanted:
@@ -222,7 +222,7 @@ def slow_reader_1gib(target: Target) -> Iterator[Figure]:
     yield Figure("slow_reader_read_mb", "MB", round(size / 1e6, 1), round(size / 1e6, 1), 1)
 
 
-def _dawdle(stream: Events, pause: float) -> tuple[str, int]:
+def dawdle(stream: Events, pause: float) -> tuple[str, int]:
     """Read 1 MiB, stop, read slowly for as long, then read on to the end: hash and size of the output."""
     digest, size = hashlib.sha256(), 0
     began, phase = time.monotonic(), "first"
@@ -250,7 +250,7 @@ def _dawdle(stream: Events, pause: float) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def _drain(stream: Events) -> None:
+def drain(stream: Events) -> None:
     try:
         follow_all([stream], 20, lambda _, event: None)
     finally:

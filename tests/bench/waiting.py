@@ -42,7 +42,7 @@ def idle_long_polls_mb(target: Target) -> Iterator[Figure]:
             for number in range(ENDING)
         ]
         paths = [idle[number % len(idle)] for number in range(count - ENDING)] + ending
-        with _Polls({"base_url": web.base_url, "key": target.key, "sources": SOURCES, "paths": paths}) as polls:
+        with Polls({"base_url": web.base_url, "key": target.key, "sources": SOURCES, "paths": paths}) as polls:
             polls.told("asked", 60)
             memory: list[float] = []
             beside: list[float] = []
@@ -74,7 +74,7 @@ def _gets(target: Target, web: OneWeb, box: str, count: int = 100) -> list[float
     return [took for _, _, took, _ in found]
 
 
-class _Polls:
+class Polls:
     """The process that holds them."""
 
     def __init__(self, given: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ class _Polls:
             raise Unexpected("the process with the long-polls ended")
         return found
 
-    def __enter__(self) -> _Polls:
+    def __enter__(self) -> Polls:
         return self
 
     def __exit__(self, *_: object) -> None:
