@@ -216,17 +216,20 @@ def prove(url: str, key: str) -> int:
         expect([entry.message for entry in told if entry.message], ["written down"])
         executions.kill(begun.execution_id, devbox_id=main)
         executions.await_completed(begun.execution_id, devbox_id=main)
+        boxes["logged"] = begun.execution_id
         sources = [entry.source for entry in devboxes.logs.list(main).logs]
         expect(("setup_commands" in sources, "exec" in sources), (True, True))
 
     def log_after_the_end() -> None:
-        # No published client follows a log; after the devbox's end it is whole, and the answer ends.
+        # No published client follows a log; after the devbox's end what it tells is whole, and the answer ends.
         path = f"/v1/devboxes/{main}/logs/tail"
-        tail = urllib.request.Request(url + path, headers={"authorization": f"Bearer {key}"})  # noqa: S310
         asked.add(("GET", path))
+        wanted = f"{url}{path}?execution_id={boxes['logged']}"
+        tail = urllib.request.Request(wanted, headers={"authorization": f"Bearer {key}"})  # noqa: S310
         with urllib.request.urlopen(tail, timeout=60) as answer:  # noqa: S310 - the installation's own
             text = answer.read().decode()
-        expect(("written down" in text, "launched" in text, "event: error" in text), (True, True, False))
+        told = [line for line in text.splitlines() if line.startswith("data: ")]
+        expect((len(told), "written down" in text, "event: error" in text), (3, True, False))
 
     def background() -> None:
         output("python3 -m http.server 8123 >/dev/null 2>&1 & sleep 0.7; echo started", "started\n")
@@ -260,12 +263,12 @@ def prove(url: str, key: str) -> int:
     check("execute: hold, exit status, command_id", execute)
     check("execute_async, wait_for_status, retrieve", execute_async)
     check("stream_stdout_updates, stream_stderr_updates", streamed)
+    check("logs", logged)
     check("stream of 2.6 MB", big)
     check("send_std_in", stdin)
     check("files: write, read, upload, download", files)
     check("kill", killed)
     check("background server", background)
-    check("logs", logged)
     check("wrong key: 401", without_key)
     check(
         "unknown execution: 404", lambda: refused(404, lambda: executions.retrieve("exe_" + "0" * 26, devbox_id=main))
