@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from typing import Protocol
 
 from django.conf import settings
@@ -46,14 +47,34 @@ class Source(Protocol):
     def aclose(self) -> Awaitable[None]: ...
 
 
+def _enter(account_id: str, cap: int) -> None:
+    if _open[account_id] >= cap:
+        raise TooManyRequests(f"this account has {cap} streams open, as many as it may; close one", retry_after=5)
+    _open[account_id] += 1
+
+
+def _leave(account_id: str) -> None:
+    _open[account_id] -= 1
+    if not _open[account_id]:
+        del _open[account_id]
+
+
+@contextlib.contextmanager
+def open_socket(account_id: str, cap: int) -> Iterator[None]:
+    """One of the account's open streams and sockets. Raises TooManyRequests at the cap, per server process."""
+    _enter(account_id, cap)
+    try:
+        yield
+    finally:
+        _leave(account_id)
+
+
 class CountedStream:
     """The body of one streaming answer, which counts against its account's open streams until it is closed."""
 
     def __init__(self, account_id: str, cap: int, events: Source) -> None:
         """Raises TooManyRequests at the cap, which is per server process."""
-        if _open[account_id] >= cap:
-            raise TooManyRequests(f"this account has {cap} streams open, as many as it may; close one", retry_after=5)
-        _open[account_id] += 1
+        _enter(account_id, cap)
         self._account_id: str | None = account_id
         self._events = events
 
@@ -67,7 +88,5 @@ class CountedStream:
         """End the stream and give the place back. Safe to call twice."""
         account_id, self._account_id = self._account_id, None
         if account_id is not None:
-            _open[account_id] -= 1
-            if not _open[account_id]:
-                del _open[account_id]
+            _leave(account_id)
         await self._events.aclose()

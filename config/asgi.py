@@ -27,6 +27,7 @@ from api.waiting import hub
 from config import checks, stopping, websockets
 from config.routes import async_routes, websocket_routes
 from config.wsgi_bridge import Bridge
+from pty.hosted import is_hosted, serve_hosted
 
 log = logging.getLogger("config.asgi")
 
@@ -49,6 +50,9 @@ _ = get_resolver().url_patterns  # imported now, not by the first request
 async def application(scope: Scope, receive: Receive, send: Send) -> None:
     kind = scope["type"]
     if kind == "http":
+        if is_hosted(scope):
+            await serve_hosted(scope, receive, send)
+            return
         found = routes.find(scope["method"], scope["path"])
         if found is not None:
             await serve(*found, scope, receive, send)

@@ -194,6 +194,20 @@ def prove(url: str, key: str) -> int:
         client.post(f"/v1/devboxes/{main}/write_file", cast_to=object, body=older)
         expect(devboxes.read_file_contents(main, file_path="made/here.txt"), "again")
 
+    def terminal() -> None:
+        # Older clients have no pty resource, so the operations are asked for by their paths, as on the API's host.
+        made: Any = client.post(f"/v1/devboxes/{main}/create_pty_tunnel", cast_to=object)
+        expect((len(made["tunnel_key"]), bool(made["auth_token"])), (26, True))
+        session: Any = client.get(f"/pty/proof?devbox_id={main}&cols=100&rows=40", cast_to=object)
+        expect((session["created"], session["attached"], session["cols"]), (True, False, 100))
+        control = f"/pty/proof/control?devbox_id={main}"
+        client.post(control, cast_to=object, body={"action": "resize", "cols": 90, "rows": 30})
+        again: Any = client.get(f"/pty/proof?devbox_id={main}", cast_to=object)
+        expect((again["created"], again["cols"], again["rows"]), (False, 90, 30))
+        closed: Any = client.post(control, cast_to=object, body={"action": "close"})
+        expect(closed["status"], "closed")
+        refused(404, lambda: client.post(control, cast_to=object, body={"action": "close"}))
+
     def killed() -> None:
         begun = devboxes.execute_async(main, command="sleep 300")
         executions.kill(begun.execution_id, devbox_id=main)
@@ -267,6 +281,7 @@ def prove(url: str, key: str) -> int:
     check("stream of 2.6 MB", big)
     check("send_std_in", stdin)
     check("files: write, read, upload, download", files)
+    check("terminal: key, session, resize, close", terminal)
     check("kill", killed)
     check("background server", background)
     check("wrong key: 401", without_key)

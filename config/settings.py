@@ -70,6 +70,7 @@ class Berth:
     WSGI_QUEUE: int = env.whole("BERTH_WSGI_QUEUE", 1024)
     DATABASE_THREADS: int = env.whole("BERTH_DATABASE_THREADS", 8)
     DATABASE_QUEUE: int = env.whole("BERTH_DATABASE_QUEUE", 16384)
+    PTY_IDLE_TTL: int = env.whole("BERTH_PTY_IDLE_TTL", 300)
     BODY_MAX: int = env.whole("BERTH_BODY_MAX", 16 * MIB)
     BODY_BUDGET: int = env.whole("BERTH_BODY_BUDGET", 256 * MIB)
     BODY_IDLE: float = env.number("BERTH_BODY_IDLE", 30.0)

@@ -11,20 +11,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import orjson
 from channels.routing import URLRouter
 
 from api.bodies import Message, Receive, Scope, Send
+from api.errors import NotFound
+from api.websockets import refuse
 
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
-async def refuse(send: Send, status: int, code: str, message: str) -> None:
-    """Answer an upgrade with an HTTP status: exactly one body message, or the client sees a bare 403."""
-    body = orjson.dumps({"code": code, "message": message})
-    head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "websocket.http.response.start", "status": status, "headers": head})
-    await send({"type": "websocket.http.response.body", "body": body})
 
 
 def closing_safely(application: Application) -> Application:
@@ -78,6 +71,6 @@ def application(routes: list[Any]) -> Application:
             if "No route found" not in str(error):
                 raise
             await receive()
-            await refuse(send, 404, "not_found", "there is no WebSocket here")
+            await refuse(send, NotFound("there is no WebSocket here"))
 
     return closing_safely(routed)

@@ -39,6 +39,7 @@ from hosts.errors import HostError, HostRefused, HostUnreachable, StaleFence
 from hosts.files import FileRead, FileWrite, path64
 from hosts.links import Link, link_for
 from hosts.streams import ASK_SECONDS, AsyncFollowing, Following, Watching, begin
+from hosts.terminals import Attached
 
 T = TypeVar("T")
 
@@ -471,6 +472,15 @@ class AsyncHostClient:
     async def list(self, *, box: str) -> ListReply:
         """See `HostClient.list`."""
         return cast(ListReply, await self._ask("list", box=box))
+
+    async def terminal(self, *, box: str, op: str, session: str, body: bytes | None = None, **fields: Any) -> Any:
+        """Open, resize, signal or close a terminal; the reply. `fields` are the op's: see `hostd.terminals`."""
+        return await self._ask("terminal", body, box=box, op=op, session=session, **fields)
+
+    def attach(self, *, box: str, session: str, view: bool, takeover: bool, replay: bool) -> Attached:
+        """A place at an open terminal. Nothing is sent before it is entered."""
+        how = {"view": view, "takeover": takeover, "replay": replay}
+        return Attached(self._link, messages.request("terminal", box=box, op="attach", session=session, **how))
 
     def read_file(
         self,

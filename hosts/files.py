@@ -35,8 +35,8 @@ def path64(path: bytes) -> str:
     return base64.b64encode(path).decode()
 
 
-class _Moving:
-    """What reading and writing share: one channel, from the request to its end."""
+class Exchange:
+    """One channel that goes on after its first answer, from the request to its end."""
 
     def __init__(self, link: LoopLink, line: bytes) -> None:
         self._link, self._line = link, line
@@ -79,7 +79,7 @@ class _Moving:
         await self._held.aclose()
 
 
-class FileRead(_Moving):
+class FileRead(Exchange):
     """`async with` it: `size`, `offset`, `length` and `mtime_ms` are known; then `async for` its bytes."""
 
     size: int
@@ -127,7 +127,7 @@ class FileRead(_Moving):
             raise self._unreachable(error) from error
 
 
-class FileWrite(_Moving):
+class FileWrite(Exchange):
     """`async with` it, `write` the bytes, `finish`; the file is there, whole, once `finish` has returned."""
 
     _answer: asyncio.Task[dict[str, Any]] | None = None

@@ -14,7 +14,8 @@ from channels.generic.websocket import AsyncWebsocketConsumer
 from django.urls import path
 
 from api.asynchronous import Request, Response, Route, Routes, StreamResponse, going_down, json_response
-from api.errors import BadRequest
+from api import websockets as api_websockets
+from api.errors import BadRequest, Forbidden
 from config.routes import async_routes, websocket_routes
 
 seen: dict[str, Any] = {"cancelled": 0, "closed": 0, "sent": 0}
@@ -102,7 +103,7 @@ asgi.routes = Routes(
 class Echo(AsyncWebsocketConsumer):  # type: ignore[misc]  # channels brings no types
     async def connect(self) -> None:
         if self.scope["query_string"] == b"no":
-            await websockets.refuse(self.base_send, 403, "forbidden", "not you")
+            await api_websockets.refuse(self.base_send, Forbidden("not you"))
             return
         await self.accept(subprotocol=(self.scope["subprotocols"] or [None])[0])
 

@@ -1,0 +1,21 @@
+"""The URLs of terminals: async routes, the views that declare them in the schema, and the WebSocket."""
+
+from django.urls import path, re_path
+
+from api.asynchronous import Route
+from pty import api, schemas
+from pty.consumers import TerminalConsumer
+
+ASYNC_ROUTES: list[Route] = [
+    Route("POST", "/v1/devboxes/{id}/create_pty_tunnel", api.create_pty_tunnel, "create_pty_tunnel"),
+    Route("GET", "/pty/{session_name}", api.connect, "connect_pty_session"),
+    Route("POST", "/pty/{session_name}/control", api.control, "control_pty_session"),
+]
+
+urlpatterns = [
+    path("v1/devboxes/<str:id>/create_pty_tunnel", schemas.CreatePtyTunnel.as_view()),
+    path("pty/<str:session_name>", schemas.PtySession.as_view()),
+    path("pty/<str:session_name>/control", schemas.PtySessionControl.as_view()),
+]
+
+WEBSOCKET_ROUTES = [re_path(r"^/?pty/(?P<session_name>[^/]+)/attach$", TerminalConsumer.as_asgi())]
