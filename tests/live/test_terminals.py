@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -34,8 +35,8 @@ def terminal(berth, box: str, name: str, key: Any = None, **query: str) -> Itera
     asked = "&".join(f"{field}={value}" for field, value in {"devbox_id": box, **query}.items())
     url = f"{berth.base_url.replace('http', 'ws')}/pty/{name}/attach?{asked}"
     headers = {"authorization": f"Bearer {(key or berth.owner).secret}"}
-    with connect(url, additional_headers=headers, max_size=None, proxy=None) as socket:
-        yield socket
+    with connect(url, additional_headers=headers, max_size=None, proxy=None) as client:
+        yield client
 
 
 @contextlib.contextmanager
@@ -44,27 +45,26 @@ def through_tunnel(berth, key: str, token: str, name: str, **query: str) -> Iter
     host = f"13-{key}.tunnel.example.test:{port_of(berth)}"
     asked = "&".join(f"{field}={value}" for field, value in query.items())
     url = f"ws://{host}/pty/{name}/attach?{asked}"
-    with connect(
-        url, subprotocols=[token], host="127.0.0.1", port=int(port_of(berth)), max_size=None, proxy=None
-    ) as socket:  # fmt: skip
-        assert socket.subprotocol == token
-        yield socket
+    reached = socket.create_connection(("127.0.0.1", int(port_of(berth))))
+    with connect(url, sock=reached, subprotocols=[token], max_size=None, proxy=None) as attached:
+        assert attached.subprotocol == token
+        yield attached
 
 
-def until(socket: ClientConnection, wanted: bytes, seconds: float = 20) -> bytes:
+def until(client: ClientConnection, wanted: bytes, seconds: float = 20) -> bytes:
     seen, deadline = b"", time.monotonic() + seconds
     while wanted not in seen:
-        data = socket.recv(timeout=max(0.1, deadline - time.monotonic()))
+        data = client.recv(timeout=max(0.1, deadline - time.monotonic()))
         assert isinstance(data, bytes)
         seen += data
     return seen
 
 
-def closed(socket: ClientConnection, seconds: float = 20) -> int:
+def closed(client: ClientConnection, seconds: float = 20) -> int:
     deadline = time.monotonic() + seconds
     try:
         while True:
-            socket.recv(timeout=max(0.1, deadline - time.monotonic()))
+            client.recv(timeout=max(0.1, deadline - time.monotonic()))
     except ConnectionClosed as end:
         assert end.rcvd is not None
         return int(end.rcvd.code)
@@ -95,15 +95,15 @@ def test_as_the_command_line_does_it(berth, shared) -> None:
         assert answer["connect_url"] == f"/pty/{shared}/attach"
         assert (answer["created"], answer["cols"], answer["rows"]) == (True, 120, 33)
         assert answer["idle_ttl_seconds"] == 300
-        with through_tunnel(berth, key, token, shared) as socket:
+        with through_tunnel(berth, key, token, shared) as client:
             resize = {"action": "resize", "cols": 99, "rows": 22}
             assert there.post(f"/pty/{shared}/control", json=resize).json()["status"] == "ready"
-            socket.send("\r")
-            socket.send(b"stty size; echo $COLOUR $TERM; id -un; pw''d\n")
-            seen = until(socket, b"/home/user\r\n").decode()
+            client.send("\r")
+            client.send(b"stty size; echo $COLOUR $TERM; id -un; pw''d\n")
+            seen = until(client, b"/home/user\r\n").decode()
             assert re.search(r"22 99\r\nsea green xterm-256color\r\nuser\r\n/home/user\r\n", seen), seen
-            socket.send("exit\n")
-            assert closed(socket) == 4000
+            client.send("exit\n")
+            assert closed(client) == 4000
         assert there.get("/v1/accounts/me").status_code == 404, "the key opens nothing else"
         assert there.get("/healthz").status_code == 404
     for wrong in ({"authorization": "Bearer " + token[:-1] + "_"}, {}, {"host": "13-" + "0" * 26 + ".tunnel.x"}):
@@ -115,22 +115,22 @@ def test_as_the_command_line_does_it(berth, shared) -> None:
 
 
 def test_a_shell_is_left_and_found_again(berth, shared) -> None:
-    with terminal(berth, shared, "stay") as socket:
-        socket.send("cd /tmp; X=5; echo le''ft\n")
-        until(socket, b"left\r\n")
+    with terminal(berth, shared, "stay") as client:
+        client.send("cd /tmp; X=5; echo le''ft\n")
+        until(client, b"left\r\n")
     assert session(berth.owner, shared, "stay").json()["created"] is False
-    with terminal(berth, shared, "stay", replay="1") as socket:
-        assert b"left\r\n" in until(socket, b"left\r\n")
-        socket.send("echo $PWD $X.\n")
-        until(socket, b"/tmp 5.\r\n")
+    with terminal(berth, shared, "stay", replay="1") as client:
+        assert b"left\r\n" in until(client, b"left\r\n")
+        client.send("echo $PWD $X.\n")
+        until(client, b"/tmp 5.\r\n")
         assert session(berth.colleague, shared, "stay").json()["attached"] is True
         assert refusal(terminal(berth, shared, "stay")) == 409
         with terminal(berth, shared, "stay", mode="view") as viewer:
             viewer.send("echo not by a vie''wer\n")
-            socket.send("echo by the wri''ter\n")
+            client.send("echo by the wri''ter\n")
             assert b"by a viewer" not in until(viewer, b"by the writer\r\n")
         with terminal(berth, shared, "stay", takeover="1") as other:
-            assert closed(socket) == 4001
+            assert closed(client) == 4001
             other.send("sleep 100\n")
             time.sleep(0.5)
             assert control(berth.owner, shared, "stay", action="signal", signal="SIGINT").status_code == 200
@@ -143,19 +143,19 @@ def test_a_shell_is_left_and_found_again(berth, shared) -> None:
 
 
 def test_large_output_is_exact_and_a_reader_that_stops_stops_the_shell(berth, shared) -> None:
-    with terminal(berth, shared, "large") as socket:
-        socket.send("stty -echo -onlcr; echo go''ing\n")
-        until(socket, b"going\n")
-        socket.send("seq 1 400000; echo the e''nd\n")
+    with terminal(berth, shared, "large") as client:
+        client.send("stty -echo -onlcr; echo go''ing\n")
+        until(client, b"going\n")
+        client.send("seq 1 400000; echo the e''nd\n")
         time.sleep(2)  # nothing is read meanwhile
-        seen = until(socket, b"the end\n", 60)
+        seen = until(client, b"the end\n", 60)
         start = seen.index(b"1\n2\n3\n")
         assert seen[start:].split(b"the end")[0] == b"".join(b"%d\n" % n for n in range(1, 400001))
         big = b"x" * 3000
-        socket.send(b"head -c 300000 | sha256sum\n")
+        client.send(b"head -c 300000 | sha256sum\n")
         for _ in range(100):
-            socket.send(big + b"\n" * 0)
-            socket.send(b"")
+            client.send(big + b"\n" * 0)
+            client.send(b"")
         control(berth.owner, shared, "large", action="close")
 
 
@@ -195,16 +195,17 @@ def test_nobody_elses(berth, shared) -> None:
     assert control(berth.stranger, shared, "mine", action="close").status_code == 404
     assert berth.stranger.client.post(f"/v1/devboxes/{shared}/create_pty_tunnel").status_code == 404
     assert refusal(terminal(berth, shared, "mine", key=berth.stranger)) == 404
-    url = f"{berth.base_url.replace('http', 'ws')}/pty/mine/attach?devbox_id={shared}"
-    assert refusal(connect(url, proxy=None)) == 401
+    with pytest.raises(InvalidStatus) as refused:
+        connect(f"{berth.base_url.replace('http', 'ws')}/pty/mine/attach?devbox_id={shared}", proxy=None)
+    assert refused.value.response.status_code == 401
     assert berth.owner.client.get("/pty/mine").status_code == 400, "no devbox is named"
 
 
 def test_shutdown_closes_it(berth) -> None:
     box = berth.owner.create(name="ends")
-    with terminal(berth, box, "t") as socket:
-        socket.send("echo u''p\n")
-        until(socket, b"up\r\n")
+    with terminal(berth, box, "t") as client:
+        client.send("echo u''p\n")
+        until(client, b"up\r\n")
         berth.owner.shutdown(box)
-        assert closed(socket) in (4000, 1013)
+        assert closed(client) in (4000, 1013)
     assert session(berth.owner, box, "t").status_code == 400

@@ -13,8 +13,8 @@ from config import asgi, websockets  # isort: skip
 from channels.generic.websocket import AsyncWebsocketConsumer
 from django.urls import path
 
-from api.asynchronous import Request, Response, Route, Routes, StreamResponse, going_down, json_response
 from api import websockets as api_websockets
+from api.asynchronous import Request, Response, Route, Routes, StreamResponse, going_down, json_response
 from api.errors import BadRequest, Forbidden
 from config.routes import async_routes, websocket_routes
 
