@@ -58,7 +58,7 @@ def operations(url: str) -> set[tuple[str, str]]:
     found = set()
     path = method = ""
     for line in text[text.index("\npaths:") :].splitlines():
-        if match := re.fullmatch(r"  (/v1/\S+):", line):
+        if match := re.fullmatch(r"  (/\S+):", line):
             path = match[1]
         elif match := re.fullmatch(r"    (get|post|put|patch|delete):", line):
             method = match[1].upper()
