@@ -13,6 +13,7 @@ import httpx
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Subprotocol
 
 pytestmark = pytest.mark.live
 
@@ -46,7 +47,7 @@ def through_tunnel(berth, key: str, token: str, name: str, **query: str) -> Iter
     asked = "&".join(f"{field}={value}" for field, value in query.items())
     url = f"ws://{host}/pty/{name}/attach?{asked}"
     reached = socket.create_connection(("127.0.0.1", int(port_of(berth))))
-    with connect(url, sock=reached, subprotocols=[token], max_size=None, proxy=None) as attached:
+    with connect(url, sock=reached, subprotocols=[Subprotocol(token)], max_size=None, proxy=None) as attached:
         assert attached.subprotocol == token
         yield attached
 
