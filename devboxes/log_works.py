@@ -154,6 +154,7 @@ async def newest(work: Work, output: Output, told: list[int], limit: int, *, who
             start, data = await output.read(stream, at, size - at)
             if start > at:
                 lines.append(_gap(work, stream, start - at, start, times, phase))
+                told[stream - 1] = start
             if not data:
                 break
             last = start + len(data) >= size
