@@ -11,6 +11,7 @@ from api.stopping import GoingDown
 from executions import streams
 from executions.models import Execution
 from tests.execution_world import Holed, Streaming, World
+from tests.fake_streams import FakeFollowing
 
 
 @pytest.fixture
@@ -446,3 +447,31 @@ def test_a_whole_answer_never_hides_what_was_dropped(world, alice):
     headers = {"x-request-id": "1"}
     answer = alice.post(f"{world.url}/execute_sync", {"command": "sleep 1000"}, headers=headers)
     assert (answer.status_code, answer.json()["code"]) == (413, "output_too_large")
+
+
+def test_a_follower_goes_on_from_the_stored_output_when_the_host_forgets_it(world, alice, monkeypatch):
+    """No gap and no repeat, and no pause: the row says where it is by then."""
+    bucket = Bucket(monkeypatch)
+    execution_id = world.started(alice)
+    text = "".join(f"line {n} é\n" for n in range(20_000)).encode()
+    real = FakeFollowing._piece
+
+    def late(following):
+        """The follower has not taken the rest when the host forgets it."""
+        ended = following.execution.state == "exited" and not following.execution.moved
+        return b"" if ended else real(following)
+
+    monkeypatch.setattr(FakeFollowing, "_piece", late)
+    say(world, execution_id, text[:100_001])
+
+    async def follow():
+        stream = Streaming(alice, url(world, execution_id))
+        await stream.until(lambda events: len(events.updates) > 0)
+        world.fake.finish(execution_id, stdout=text[100_001:])
+        return await stream.end()
+
+    events = run(world, follow())
+    assert (events.text, events.error) == (text.decode(), None)
+    assert events.offset == len(text)
+    assert list(bucket.objects.values()) == [text]
+    assert world.fake.called("forget")
