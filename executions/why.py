@@ -54,6 +54,7 @@ _EVIDENCE: Final = ("signal", "kills", "limit_bytes", "usage_bytes", "peak_bytes
 _TIMES: Final = ("e.created_at", "e.placed_at", "e.started_at", "e.first_byte_at", "e.exited_at", "e.stored_at")
 _READ: Final = f"""
 SELECT e.status, e.exit_status, e.reason, e.stop_why, e.stop_by, e.worker, e.kept, e.host_id, {SILENT_SINCE},
+       CASE WHEN e.completed_at IS NULL THEN e.error_code END, e.error_detail,
        d.status, d.shutdown_reason, d.failure_reason, d.why, {milliseconds("d.ended_at")},
        {", ".join(milliseconds(column) for column in _TIMES)}
   FROM executions_execution e
@@ -70,7 +71,7 @@ def explain(caller: Caller, devbox_id: str, execution_id: str) -> dict[str, Any]
         row = fetch_one(_READ, [settings.BERTH.SILENT_AFTER, execution_id, devbox_id, caller.account_id])
     if row is None:
         raise NotFound(f"devbox {devbox_id[:80]} has no execution {execution_id[:80]}")
-    status, exit_status, reason, stop_why, stop_by, worker, kept, host_id, silent, *rest = row
+    status, exit_status, reason, stop_why, stop_by, worker, kept, host_id, silent, error, detail, *rest = row
     devbox, times = rest[:5], rest[5:]
     completed = status == "completed"
     asked = parsed(stop_by)
@@ -82,12 +83,15 @@ def explain(caller: Caller, devbox_id: str, execution_id: str) -> dict[str, Any]
         "phases": phases(zip(PHASES, times, strict=True)),
         "worker": worker,
         "host": host(host_id, None if completed else silent),
+        "trouble": None if error is None else _TROUBLES.get(error, detail if error == "HostRefused" else _RETRIED),
         "output_kept": _KEPT[kept] if completed else None,
         "kill_request": _by(asked) if stop_why == endings.ASKED else None,
         "cause": _cause(exit_status, parsed(reason), asked, devbox) if completed else None,
     }
 
 
+_RETRIED: Final = "what it needs could not be had; it is tried again"
+_TROUBLES: Final = {"HostUnreachable": "its host does not answer; it is asked again"}
 _KEPT: Final = {Kept.HOST: "host", Kept.ROW: "stored", Kept.STORE: "stored", Kept.NOWHERE: "lost"}
 
 
@@ -183,6 +187,9 @@ class ExecutionWhyView(serializers.Serializer[Any]):
     phases = ExecutionPhaseView(many=True)
     worker = serializers.CharField(allow_null=True, help_text="The worker that had it started.")
     host = PhaseHostView(allow_null=True)
+    trouble = serializers.CharField(
+        allow_null=True, help_text="What its start, or the next look at it, waits for; null when nothing is amiss."
+    )
     output_kept = serializers.ChoiceField(
         choices=["host", "stored", "lost"], allow_null=True, help_text="Where its output is; null until it has ended."
     )
@@ -207,6 +214,7 @@ _EXAMPLE = OpenApiExample(
         ],
         "worker": "worker-1:4242:5f0c9a1e",
         "host": {"id": "hst_01k9h000000000000000000000", "silent_since_ms": None},
+        "trouble": None,
         "output_kept": "stored",
         "kill_request": None,
         "cause": {

@@ -40,6 +40,9 @@ REQUEST_S = 30.0
 """For a request that has begun to arrive to be complete."""
 IDLE_S = 600.0
 """For a connection without a request."""
+START_S = 3.0
+"""For a command to be started before its spawn is answered; it stays asked for. What a box does to itself must not look
+like a host that is silent."""
 STALL_S = 600.0
 """For a client that takes none of the bytes it asked for."""
 
@@ -435,7 +438,9 @@ class Client:
             self._follow = None
 
     def hold(self, seconds: float, call: Callable[[], None]) -> None:
-        """Make one call later, unless the connection ends before."""
+        """Make one call later, unless the connection ends before; the one that was to be made before is not."""
+        if self._timer is not None:
+            self._timer.cancel()
         self._timer = self._clients.poller.after(seconds, call)
 
 
@@ -463,18 +468,20 @@ def _spawn(client: Client, executions: Executions, request: dict[str, Any], body
 
     answered = False
 
-    def reply() -> None:
+    def reply(late: bool = False) -> None:
         nonlocal answered
         if answered:  # the exit and the end of the hold both come; by the second, another request may be busy
             return
         answered = True
-        if executions.known.get(name) is execution:
+        if late:
+            client.answer(Refused("not_ready", f"no process of the devbox has started it for {START_S:g} s").reply())
+        elif executions.known.get(name) is execution:
             client.answer({"ok": True, **executions.shape(execution)})
         else:
             client.answer({"error": execution.reason or {"code": "internal", "message": "not started"}})
 
     def started() -> None:
-        if hold and execution.state == "running":
+        if hold and not answered and execution.state == "running":
             execution.exit_waiters.append(reply)
             client.hold(hold / 1000, reply)
         else:
@@ -482,6 +489,7 @@ def _spawn(client: Client, executions: Executions, request: dict[str, Any], body
 
     if execution.state == "asked":
         execution.waiters.append(started)
+        client.hold(START_S, lambda: reply(late=True))
     elif execution.reason is not None and executions.known.get(name) is not execution:
         reply()
     else:

@@ -139,7 +139,10 @@ def test_a_stopped_spawner_is_replaced(box: Box) -> None:
     box.run("exe_first", "true")
     os.kill(box.spawner(), signal.SIGSTOP)
     started = time.monotonic()
-    answer = box.run("exe_second", "echo again")
+    early = box.spawn("exe_second", "echo again")
+    assert early["error"]["code"] == "not_ready", "answered in time; it stays asked for"
+    assert 2 < time.monotonic() - started < 4
+    answer = box.run("exe_second", "echo another")
     assert text(answer) == "again\n"
     assert 4 < time.monotonic() - started < 9
 
