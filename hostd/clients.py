@@ -17,7 +17,7 @@ import struct
 import time
 
 from hostd import log_verbs, packets, polling, requests
-from hostd.execution import Execution
+from hostd.execution import Execution, Follow
 from hostd.executions import Executions
 from hostd.requests import Refused
 from hostd.streams import FileRange, Stream, last_lines
@@ -45,15 +45,6 @@ START_S = 3.0
 like a host that is silent."""
 STALL_S = 600.0
 """For a client that takes none of the bytes it asked for."""
-
-
-class Follow:
-    """One follower of one stream."""
-
-    __slots__ = ("execution", "offset", "stream")
-
-    def __init__(self, execution: Execution, stream: Stream, offset: int) -> None:
-        self.execution, self.stream, self.offset = execution, stream, offset
 
 
 class Clients:

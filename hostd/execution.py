@@ -94,6 +94,15 @@ class Execution:
         return any(stream.pipe >= 0 for stream in self.streams)
 
 
+class Follow:
+    """One follower of one stream."""
+
+    __slots__ = ("execution", "offset", "stream")
+
+    def __init__(self, execution: Execution, stream: Stream, offset: int) -> None:
+        self.execution, self.stream, self.offset = execution, stream, offset
+
+
 class Settings:
     """What the box's spec says of commands."""
 
