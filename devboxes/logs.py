@@ -19,6 +19,7 @@ Level = Literal["info", "warning", "error"]
 
 LINE_LIMIT = 4096
 COMMAND_LIMIT = 4096
+LAST_MS = 4_102_444_800_000
 OUTPUT_LIMIT = 64 * 1024
 """Bytes of each stream of a piece of launch work that are kept."""
 
@@ -88,10 +89,15 @@ def note(devbox_id: str, *entries: Entry) -> None:
         write(cursor, devbox_id, entries)
 
 
+def _time(at_ms: int | None) -> int | None:
+    """What a box's keeper calls a time may be anything; PostgreSQL's end."""
+    return None if at_ms is None else max(0, min(at_ms, LAST_MS))
+
+
 def _columns(entry: Entry) -> tuple[Any, ...]:
     told = entry.output
     return (
-        entry.at_ms,
+        _time(entry.at_ms),
         entry.source,
         entry.level,
         entry.execution_id,
@@ -100,7 +106,7 @@ def _columns(entry: Entry) -> tuple[Any, ...]:
         _readable(entry.message, LINE_LIMIT),
         entry.exit_code,
         entry.notice_id,
-        *((told.started_ms, told.stdout, told.stderr, *told.sizes, told.index) if told else (None,) * 6),
+        *((_time(told.started_ms), told.stdout, told.stderr, *told.sizes, told.index) if told else (None,) * 6),
     )
 
 

@@ -104,7 +104,9 @@ def checked_sizes(told: Any) -> Sizes:
         return isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) and n >= 0 for n in value)
 
     right = isinstance(told, dict) and messages.is_work_id(told.get("id")) and two(told.get("sizes"))
-    if not right or not two(told.get("late")) or told.get("state") not in ("running", "exited"):
+    began = told.get("started_at_ms") if isinstance(told, dict) else None
+    right = right and two(told.get("late")) and isinstance(began, int) and 0 <= began < 1 << 53
+    if not right or told.get("state") not in ("running", "exited"):
         raise HostRefused("internal", "what its keeper tells of a command has a wrong field")
     return cast(Sizes, told)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from devboxes import log_works
 from devboxes.log_lines import LINE_BYTES, STDERR, STDOUT, Times, cut
 from devboxes.log_works import Output, Work, newest, onwards
 from hostd.messages import INDEX_RECORD
+from hosts.client import HostRefused, parse_sizes
 
 
 def lines(data: bytes, *, whole: bool = True, limit: int = 1000) -> list[str]:
@@ -126,3 +128,17 @@ def test_the_newest_and_then_what_comes_leave_nothing_out(split: int) -> None:
     while cursor[0] < len(DATA):
         entries += asyncio.run(onwards(WORK, whole.output, cursor, 1000, whole=True)).entries
     assert told(entries) == WANT
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": "../etc"}, {"id": 1}, {"state": "odd"}, {"sizes": [1]}, {"sizes": [-1, 0]}, {"sizes": ["1", 0]},
+        {"late": None}, {"started_at_ms": None}, {"started_at_ms": -1}, {"started_at_ms": 1 << 60},
+    ],
+)  # fmt: skip
+def test_what_a_keeper_tells_of_its_commands_is_checked(change: dict[str, Any]) -> None:
+    right = {"id": "exe_" + "0" * 26, "state": "running", "sizes": [0, 3], "late": [0, 0], "started_at_ms": 5}
+    assert parse_sizes(json.dumps(right).encode())["sizes"] == [0, 3]
+    with pytest.raises(HostRefused):
+        parse_sizes(json.dumps(right | change).encode())
