@@ -46,6 +46,7 @@ async def everything(run: Run) -> None:
     for command in run.commands:
         _command(run, command)
         _explained(run, command)
+        _logged(run, command)
     await _listed(run)
     _boxes(run)
     await _nothing_left(run)
@@ -153,6 +154,25 @@ def _explained(run: Run, command: Command) -> None:
     order = [times[name] for name in ("queued", "spawned", "exited") if name in times]
     if not {"queued", "exited"} <= times.keys() or order != sorted(order):
         run.find(f"{command.title}: its phases are {account['phases']}")
+
+
+def _logged(run: Run, command: Command) -> None:
+    """Its logs have the lines of each stream once and in order, after the command and before its exit code."""
+    logs, final = command.logs, command.final
+    if logs is None or final is None or final["exit_status"] == -1:
+        return
+    for stream, level in (("stdout", "info"), ("stderr", "error")):
+        text = command.stored.get(stream, ("", 0))[0]
+        told = [
+            entry["message"]
+            for entry in logs
+            if entry["level"] == level and "exit_code" not in entry and "message" in entry
+        ]
+        if told != text.splitlines():
+            run.find(f"{command.title}: {stream} in the logs is {_differs(chr(10).join(told), text)} (logs | stored)")
+    codes = [entry["exit_code"] for entry in logs if "exit_code" in entry]
+    if codes != [final["exit_status"]] or "exit_code" not in logs[-1] or "cmd" not in logs[0]:
+        run.find(f"{command.title}: its logs begin with {str(logs[0])[:150]} and end with {str(logs[-1])[:150]}")
 
 
 async def _listed(run: Run) -> None:

@@ -26,6 +26,7 @@ from tests.chaos.site import Site, children, memory_mb
 SETTLE_SECONDS = 100.0
 STREAMS = ("stdout", "stderr")
 CHURNS = 3
+LOGGED_LINES, LOGGED_BYTES = 2000, 1000
 SMALL = {"launch_parameters": {"resource_size_request": "X_SMALL"}}
 
 
@@ -47,10 +48,17 @@ class Command:
     final: dict[str, Any] | None = None
     account: dict[str, Any] | None = None
     """What `why` tells."""
+    logs: list[dict[str, Any]] | None = None
 
     @property
     def path(self) -> str:
         return f"/v1/devboxes/{self.box}/executions/{self.id}"
+
+    @property
+    def in_logs(self) -> bool:
+        """Whether its logs are compared: those whose lines are lines of text, few and short."""
+        job = self.job
+        return not job.binary and job.count < LOGGED_LINES and job.size < LOGGED_BYTES
 
     @property
     def late(self) -> float:
@@ -315,6 +323,9 @@ class Run:
                     command.stored[stream] = await self.caller.follow(command.path, stream, lambda: until)
                 command.final = await self.caller.call("GET", command.path, last_n="1000000")
                 command.account = await self.caller.call("GET", f"{command.path}/why")
+                if command.in_logs:
+                    path = f"/v1/devboxes/{command.box}/logs"
+                    command.logs = (await self.caller.call("GET", path, execution_id=command.id))["logs"]
 
         await together(*(read(command) for command in self.commands if command.id))
 
