@@ -20,6 +20,7 @@ django.setup(set_prefix=False)
 from django.conf import settings
 from django.urls import get_resolver
 
+from api import collecting
 from api.asynchronous import Routes, serve
 from api.bodies import Receive, Scope, Send
 from api.stopping import going_down
@@ -68,6 +69,7 @@ async def _lifespan(receive: Receive, send: Send) -> None:
     while True:
         message = await receive()
         if message["type"] == "lifespan.startup":
+            collecting.begin()
             hub.start()
             await send({"type": "lifespan.startup.complete"})
         elif message["type"] == "lifespan.shutdown":

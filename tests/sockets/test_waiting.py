@@ -197,6 +197,39 @@ def test_without_redis_one_query_finds_what_changed(settings, monkeypatch):
         threads.database_pool().submit(lambda: (close(), time.sleep(0.05)))
 
 
+@pytest.mark.django_db(transaction=True)
+def test_a_hint_that_was_lost_is_made_up_for_by_a_comparison(redis_url, monkeypatch):
+    from accounts.models import Account
+    from accounts.services import create_account
+
+    monkeypatch.setattr(waiting, "REREAD_WITHOUT_REDIS", 0.2)
+    monkeypatch.setattr(waiting, "REREAD_WITH_REDIS", 0.2)
+    known, row = create_account("lost").pk, Row()
+
+    def close():
+        from django.db import connection
+
+        connection.close()
+
+    async def main():
+        hub = Hub()
+        hub.register("acc", "accounts_account")
+        await connected(hub)
+        wait = asyncio.ensure_future(hub.wait_until(known, row.read, lambda value: value == 1, after(20)))
+        await asyncio.sleep(1.0)
+        assert row.reads == 1, "nothing changed, so nobody reads"
+        row.value = 1
+        await asyncio.to_thread(lambda: (Account.objects.filter(pk=known).update(name="found"), close()))
+        before = time.monotonic()
+        assert await wait == 1
+        assert time.monotonic() - before < 5
+        await hub.stop()
+
+    run(main())
+    for _ in range(8):  # the pool's threads must let go of the database
+        threads.database_pool().submit(lambda: (close(), time.sleep(0.05)))
+
+
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 def test_redis_goes_and_comes_back(redis_server, redis_url, how, monkeypatch):
     monkeypatch.setattr(waiting, "REREAD_WITH_REDIS", 60.0)
