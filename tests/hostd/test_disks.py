@@ -219,11 +219,17 @@ def test_a_given_path_is_kept_by_the_profile() -> None:
         'if [ "${PS1-}" ]; then\n  :\nfi\n'
     )
     kept = images.keep_path(profile)
-    for given, expected in (({"PATH": "/mine:/usr/bin:/bin"}, "/mine:/usr/bin:/bin"), ({}, "bin")):
-        done = subprocess.run(
-            ["/bin/bash", "-c", kept + "\necho $PATH"], env=given, capture_output=True, text=True, check=True
-        )
-        assert done.stdout.strip().endswith(expected)
+    own = {"PATH": "/mine:/usr/bin:/bin"}
+    for shell, program, given, expected in (
+        ("bash", kept, own, "/mine:/usr/bin:/bin"),
+        ("bash", kept.replace("/usr/bin/printenv", "/none"), own, "/mine:/usr/bin:/bin"),  # no program is run for it
+        ("bash", kept, {}, "/root/bin" if os.geteuid() == 0 else "/user/bin"),
+        ("sh", kept, own, "/mine:/usr/bin:/bin"),
+        ("sh", kept, {}, "/root/bin" if os.geteuid() == 0 else "/user/bin"),
+    ):
+        argv = [f"/bin/{shell}", "-c", program + "\necho $PATH"]
+        done = subprocess.run(argv, env=given, capture_output=True, text=True, check=True)
+        assert (done.stdout.strip(), done.stderr) == (expected, "")
 
 
 def test_package_sources_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
