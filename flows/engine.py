@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
+import psycopg
 from django.db import Error, InterfaceError, OperationalError, connection, transaction
 
 from flows import faults, hints, nudge
@@ -322,13 +323,18 @@ class Flow(Generic[R]):
         transaction.on_commit(lambda: nudge.publish(self.queue, self.task, pk))
 
 
+def _execute(sql: str, params: Sequence[Any]) -> list[Any]:
+    """Bound by the server, which keeps the plan of what it is asked again; Django's cursors plan each time."""
+    connection.ensure_connection()
+    with connection.wrap_database_errors, psycopg.Cursor(connection.connection) as cursor:
+        return cursor.execute(sql, params).fetchall()
+
+
 def _query(sql: str, params: Sequence[Any]) -> list[Any]:
     """One statement, one transaction (unless the caller has one open). A broken connection is dropped, so that this
     thread's next statement dials again."""
     try:
-        with connection.cursor() as cursor:
-            cursor.execute(sql, params)
-            return list(cursor.fetchall())
+        return _execute(sql, params)
     except (OperationalError, InterfaceError):
         if not connection.in_atomic_block:
             connection.close()
@@ -341,11 +347,10 @@ def _write(sql: str, params: Sequence[Any], also: Callable[[Any], bool] | None) 
         return tuple(found[0]) if found else None
     try:
         with transaction.atomic(), connection.cursor() as cursor:
-            cursor.execute(sql, params)
-            found_row: tuple[Any, ...] | None = cursor.fetchone()
-            if found_row is not None and not also(cursor):
+            found = _execute(sql, params)
+            if found and not also(cursor):
                 raise _AlsoRefused
-            return found_row
+            return tuple(found[0]) if found else None
     except (OperationalError, InterfaceError):
         if not connection.in_atomic_block:
             connection.close()
