@@ -278,10 +278,10 @@ class Client:
 
     # --- out
 
-    def answer(self, message: dict[str, Any], body: FileRange | bytes | None = None) -> None:
-        """Send the answer line (and raw bytes behind it); the next request may come."""
+    def answer(self, message: dict[str, Any], body: FileRange | bytes | None = None) -> bool:
+        """Send the answer line (and raw bytes behind it); the next request may come. False: nobody is there for it."""
         if self._state != "busy":
-            return
+            return False
         self._out.append(memoryview(packets.dumps(message) + b"\n"))
         if isinstance(body, bytes):
             self._out.append(memoryview(body))
@@ -289,6 +289,7 @@ class Client:
             self._out.append(body)
         self._state = "line"
         self._flush()
+        return self._state != "closed"
 
     def follow(self, execution: Execution, stream: Stream, offset: int, answer: dict[str, Any]) -> None:
         """Send the answer line, then frames until the stream is sealed."""
@@ -428,7 +429,7 @@ class Client:
             self._follow.stream.watchers.remove(self._pump)
             self._follow = None
 
-    def hold(self, seconds: float, call: Callable[[], None]) -> None:
+    def hold(self, seconds: float, call: Callable[[], object]) -> None:
         """Make one call later, unless the connection ends before; the one that was to be made before is not."""
         if self._timer is not None:
             self._timer.cancel()
@@ -459,17 +460,17 @@ def _spawn(client: Client, executions: Executions, request: dict[str, Any], body
 
     answered = False
 
-    def reply(late: bool = False) -> None:
+    def reply(late: bool = False) -> bool:
         nonlocal answered
         if answered:  # the exit and the end of the hold both come; by the second, another request may be busy
-            return
+            return False
         answered = True
         if late:
-            client.answer(Refused("not_ready", f"no process of the devbox has started it for {START_S:g} s").reply())
-        elif executions.known.get(name) is execution:
-            client.answer({"ok": True, **executions.shape(execution)})
-        else:
-            client.answer({"error": execution.reason or {"code": "internal", "message": "not started"}})
+            refused = Refused("not_ready", f"no process of the devbox has started it for {START_S:g} s")
+            return client.answer(refused.reply())
+        if executions.known.get(name) is execution:
+            return client.answer({"ok": True, **executions.shape(execution)})
+        return client.answer({"error": execution.reason or {"code": "internal", "message": "not started"}})
 
     def started() -> None:
         if hold and not answered and execution.state == "running":

@@ -79,7 +79,7 @@ class Execution:
         self.first_ms = 0  # when the first byte came, as a predecessor wrote it down
         self.settled = False
         self.waiters: list[Callable[[], None]] = []  # called when it runs, or never will
-        self.exit_waiters: list[Callable[[], None]] = []
+        self.exit_waiters: list[Callable[[], bool]] = []  # called when it has exited; True: its asker was told
 
     def sizes(self) -> list[int]:
         """Return [stdout, stderr] in bytes, the dropped ones included."""

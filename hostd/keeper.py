@@ -197,6 +197,7 @@ class Keeper:
     def _box_gone(self) -> None:
         self.poller.off(self._init)
         self.executions.box_gone = True
+        self.executions.announce_told()  # exits before the end of the box
         oom = self._memory.kills() > self._kills_before
         self.journal.write("", {"box_exit": {"init": self._init_pid, "oom": oom, "at_ms": int(time.time() * 1000)}})
         self.spawner.stop()

@@ -29,9 +29,9 @@ class Timer:
 
     __slots__ = ("call", "when")
 
-    def __init__(self, when: float, call: Callable[[], None]) -> None:
+    def __init__(self, when: float, call: Callable[[], object]) -> None:
         self.when = when
-        self.call: Callable[[], None] | None = call
+        self.call: Callable[[], object] | None = call
 
     def cancel(self) -> None:
         """Forget the call. Harmless when it has been made already."""
@@ -65,7 +65,7 @@ class Poller:
         if self._calls.pop(descriptor, None) is not None:
             self._epoll.unregister(descriptor)
 
-    def after(self, seconds: float, call: Callable[[], None]) -> Timer:
+    def after(self, seconds: float, call: Callable[[], object]) -> Timer:
         """Make one call, `seconds` from now."""
         timer = Timer(time.monotonic() + seconds, call)
         self._counter += 1
