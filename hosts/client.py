@@ -151,13 +151,16 @@ class HostClient:
     ) -> T:
         """One request on a channel of its own; `more` takes what follows the reply line, by calling for more bytes.
 
-        A channel that is cut before the first byte of an answer is tried once more: every verb may be sent twice.
+        A channel that is cut before the first byte of an answer is tried once more on a fresh one: every verb may be
+        sent twice.
         """
         line = _line(verb, body, fields)
+        box = fields.get("box", "") if verb in messages.BOX_VERBS else ""
         deadline = time.monotonic() + ASK_SECONDS
         with self._link.slot():
             for last in (False, True):
-                stream, inbox = self._link.open(deadline, bulk=bulk), conversation.Inbox()
+                stream = self._link.open(deadline, bulk=bulk, kept_for=None if bulk or last else box)
+                inbox, answered = conversation.Inbox(), False
                 since, heard = time.monotonic(), False
 
                 def pull(stream: ssh.ThreadStream = stream, inbox: conversation.Inbox = inbox) -> None:
@@ -173,6 +176,7 @@ class HostClient:
                         pull()
                     found = more(inbox, conversation.answer(self.host_id, answer), pull)
                     self._link.breaker.worked()
+                    answered = True
                     return found
                 except HostRefused:
                     self._link.breaker.worked()
@@ -185,7 +189,10 @@ class HostClient:
                 except messages.ProtocolError as error:
                     raise HostUnreachable(self.host_id, f"{verb}: {error}") from error
                 finally:
-                    stream.close()
+                    if answered and not bulk:
+                        self._link.keep(stream, box)
+                    else:
+                        stream.close()
         raise AssertionError("the second try either answers or raises")
 
     # --- the host ---

@@ -31,6 +31,9 @@ SLOT_SECONDS: Final = 1.0
 BULK_TRANSPORTS: Final = 4
 CHANNELS_EACH: Final = 200
 """sshd's cost per wake grows with its open channels; the next bulk Transport is dialled at this many."""
+KEPT_CHANNELS: Final = 48
+"""Channels that wait for the next call instead of being closed: opening one costs a round trip and, on the host, more
+than a short call itself."""
 WHERE_SECONDS: Final = 2.0
 WHERE_NEW_SECONDS: Final = 0.2
 """Older than this, what the row says is read anew before a call is refused by it."""
@@ -158,6 +161,7 @@ class Link:
         self._dialling = threading.Lock()
         self._control: ssh.HostTransport | None = None
         self._bulk: list[ssh.HostTransport] = []
+        self._kept: list[tuple[str, ssh.ThreadStream]] = []
         self._where: Where | None = None
         self._where_at = 0.0
 
@@ -180,10 +184,12 @@ class Link:
         finally:
             gate.release()
 
-    def open(self, deadline: float, *, bulk: bool = False, window: int = ssh.WINDOW) -> ssh.ThreadStream:
-        """A fresh channel to hostd, on a live connection. Raises HostUnreachable; counts for the breaker.
+    def open(
+        self, deadline: float, *, bulk: bool = False, window: int = ssh.WINDOW, kept_for: str | None = None
+    ) -> ssh.ThreadStream:
+        """A channel to hostd, on a live connection. Raises HostUnreachable; counts for the breaker.
 
-        A connection found dead is dialled again once; a refused socket is tried again with jitter, then hostd is
+        A fresh one, or with `kept_for` (see `keep`) one that is there already. A connection found dead is dialled again once; a refused socket is tried again with jitter, then hostd is
         started over the admin login, then tried until the deadline.
         """
         where = self.where()
@@ -197,6 +203,8 @@ class Link:
                 self.breaker.check(where.silent_for)
         except Broken as broken:
             raise HostUnreachable(self.host_id, str(broken)) from None
+        if kept_for is not None and (kept := self._take(kept_for)) is not None:
+            return kept
         try:
             return self._open(where, deadline, bulk, window)
         except ssh.SshError as error:
@@ -234,6 +242,24 @@ class Link:
                 pause = REFUSED_PAUSES[min(refused, len(REFUSED_PAUSES) - 1)]
                 refused += 1
                 time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
+
+    def keep(self, stream: ssh.ThreadStream, box: str) -> None:
+        """Keep a channel whose last answer was complete for the next call to the same box, or to the host ("")."""
+        with self._lock:
+            self._kept = [(name, other) for name, other in self._kept if other.is_open]
+            self._kept.append((box, stream))
+            extra = self._kept.pop(0)[1] if len(self._kept) > KEPT_CHANNELS else None
+        if extra is not None:
+            extra.close()
+
+    def _take(self, box: str) -> ssh.ThreadStream | None:
+        """The channel used last for that box, else one of the host's own, which may become any box's."""
+        with self._lock:
+            for wanted in dict.fromkeys((box, "")):
+                for place in reversed(range(len(self._kept))):
+                    if self._kept[place][0] == wanted and self._kept[place][1].is_open:
+                        return self._kept.pop(place)[1]
+        return None
 
     def _transport(self, where: Where, deadline: float, bulk: bool) -> ssh.HostTransport:
         found = self._live(bulk)
@@ -292,7 +318,7 @@ class Link:
         """Close every connection."""
         with self._lock:
             transports = [*self._bulk, *([self._control] if self._control else [])]
-            self._bulk, self._control, self._where = [], None, None
+            self._bulk, self._control, self._where, self._kept = [], None, None, []
         for transport in transports:
             transport.close()
 

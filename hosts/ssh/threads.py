@@ -258,6 +258,11 @@ class ThreadStream:
         self.transport = transport
         self.channel = channel
 
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing has been heard of its end."""
+        return self.transport.active and not self.channel.closed and not self.channel.eof_received
+
     def send(self, data: bytes, deadline: float) -> None:
         """Send all of it. Raises TimedOut or ConnectionCut."""
         at = 0
