@@ -458,7 +458,8 @@ class Executions:
             self._settled(execution)
         waiters, execution.exit_waiters = execution.exit_waiters, []
         self._tell(execution)
-        if any([call() for call in waiters]):
+        heard = [call() for call in waiters]
+        if any(heard):
             if not self._told:
                 self._poller.after(TOLD_S, self.announce_told)
             self._told.append(execution)

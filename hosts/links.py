@@ -189,8 +189,9 @@ class Link:
     ) -> ssh.ThreadStream:
         """A channel to hostd, on a live connection. Raises HostUnreachable; counts for the breaker.
 
-        A fresh one, or with `kept_for` (see `keep`) one that is there already. A connection found dead is dialled again once; a refused socket is tried again with jitter, then hostd is
-        started over the admin login, then tried until the deadline.
+        A fresh one, or with `kept_for` (see `keep`) one that is there already. A connection found dead is dialled again
+        once; a refused socket is tried again with jitter, then hostd is started over the admin login, then tried until
+        the deadline.
         """
         where = self.where()
         try:
