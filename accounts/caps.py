@@ -10,8 +10,10 @@ from typing import Protocol
 
 from django.conf import settings
 
-from accounts.models import Account
 from api.errors import TooManyRequests
+from api.prepared import fetch_one
+
+_OWN = "SELECT max_running_devboxes, max_executions_at_once, max_open_streams FROM accounts_account WHERE id = %s"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,11 +25,7 @@ class Limits:
 
 def limits(account_id: str) -> Limits:
     """The caps of an account: its own where it has some, else the settings'."""
-    row = (
-        Account.objects.filter(pk=account_id)
-        .values_list("max_running_devboxes", "max_executions_at_once", "max_open_streams")
-        .first()
-    ) or (None, None, None)
+    row = fetch_one(_OWN, [account_id]) or (None, None, None)
     own = settings.BERTH
     return Limits(
         running_devboxes=own.CAP_RUNNING_DEVBOXES if row[0] is None else row[0],

@@ -199,6 +199,16 @@ class Hub:
             interval = REREAD_WITH_REDIS if self.connected else REREAD_WITHOUT_REDIS
         return interval * random.uniform(0.85, 1.0)  # noqa: S311
 
+    async def make(self, name: str, make: Callable[[], str], deadline: float) -> str:
+        """Run ``make`` in a database thread and wait for the first hint about the row it made: there is nothing to be
+        read before that. Returns the id: ``name``, or that of a row which was found instead and is not waited for.
+        """
+        async with self.watch(name) as changed:
+            made = await in_database(make)
+            if made == name and self.connected:
+                await changed.wait(min(deadline - asyncio.get_running_loop().time(), self.reread_after(name)))
+        return made
+
     async def wait_until(
         self,
         name: str,

@@ -15,7 +15,6 @@ from typing import Any, Final
 from django.conf import settings
 from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
-from rest_framework import serializers
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
@@ -25,9 +24,10 @@ from api import asynchronous
 from api.asynchronous import StreamResponse, going_down, in_database, json_response
 from api.callers import Caller
 from api.errors import BadRequest, NotFound
+from api.ids import new_id
 from api.pages import parse_flag, parse_page
 from api.permissions import caller_of, raw_body_of, request_id_of
-from api.validation import check_metadata_key, parse_object
+from api.validation import check_metadata_key, parse_object, validated
 from api.views import AsyncElsewhere
 from api.waiting import hub, wait_over
 from devboxes import schemas, selectors, services, states
@@ -40,12 +40,6 @@ METADATA_VALUES_MAX: Final = 100
 
 _METADATA = re.compile(r"metadata\[([^\[\]]*)\](\[in\])?")
 _STARTING = ("provisioning", "initializing")
-
-
-def _validated(serializer: type[serializers.Serializer[Any]], data: Any) -> dict[str, Any]:
-    checked = serializer(data=data)
-    checked.is_valid(raise_exception=True)
-    return dict(checked.validated_data)
 
 
 def _answer(caller: Caller, devbox_id: str) -> Response:
@@ -107,7 +101,7 @@ class Devboxes(APIView):
     )
     def post(self, request: Request) -> Response:
         caller = caller_of(request)
-        parameters = _validated(schemas.DevboxCreateParameters, request.data)
+        parameters = validated(schemas.DevboxCreateParameters, request.data)
         devbox_id = services.create_devbox(
             caller, parameters, raw_body=raw_body_of(request), request_id=request_id_of(request)
         )
@@ -171,7 +165,7 @@ class Devbox(APIView):
     )
     def post(self, request: Request, id: str) -> Response:
         caller = caller_of(request)
-        parameters = _validated(schemas.DevboxUpdateParameters, request.data)
+        parameters = validated(schemas.DevboxUpdateParameters, request.data)
         services.update_devbox(caller, id, parameters, raw_body=raw_body_of(request), request_id=request_id_of(request))
         return _answer(caller, id)
 
@@ -296,16 +290,16 @@ class CreateMcpToken(_NotAvailable):
 async def create_and_await_running(request: asynchronous.Request) -> asynchronous.Response:
     """Create, then hold while it starts, 12 s at most; the view as it is then, whatever the status."""
     raw = await request.read(settings.BERTH.BODY_MAX)
-    caller = request.caller
+    caller, new = request.caller, new_id("dbx")
 
     def create() -> str:
-        parameters = _validated(schemas.DevboxCreateParameters, parse_object(raw))
+        parameters = validated(schemas.DevboxCreateParameters, parse_object(raw))
         return services.create_devbox(
-            caller, parameters, raw_body=raw, request_id=request.request_id, route=services.CREATE_AND_WAIT
+            caller, parameters, raw_body=raw, request_id=request.request_id, route=services.CREATE_AND_WAIT, id=new
         )
 
     deadline = asyncio.get_running_loop().time() + CREATE_HOLD_SECONDS
-    devbox_id = await in_database(create)
+    devbox_id = await hub.make(new, create, deadline)
     read = partial(selectors.access_devbox, caller, devbox_id)
     row = await hub.wait_until(devbox_id, read, _has_started, deadline, request.disconnected())
     return json_response(selectors.view(row))
@@ -317,7 +311,7 @@ def _has_started(row: selectors.DevboxRow) -> bool:
 
 async def wait_for_status(request: asynchronous.Request) -> asynchronous.Response:
     """Hold until it is in one of the statuses. Raises WaitTimedOut; WaitInterrupted when the server is stopped."""
-    wanted = _validated(schemas.DevboxWaitForStatusRequest, await request.json())
+    wanted = validated(schemas.DevboxWaitForStatusRequest, await request.json())
     statuses = frozenset(wanted["statuses"])
     asked = wanted.get("timeout_seconds")
     seconds = min(WAIT_DEFAULT_SECONDS if asked is None else asked, WAIT_MAX_SECONDS)

@@ -5,8 +5,8 @@ the launch work is (`devboxes.launch`), or requests from outside (`devboxes.serv
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -74,12 +74,12 @@ class DevboxRow(Row):
         return self.cpu_millis, self.memory_mb, self.disk_mb
 
 
-def transition(status: str, failure_reason: str | None) -> Alongside:
-    """The public transition row that goes with a change of status."""
+def transition(status: str, failure_reason: str | None, passed: Sequence[str] = ()) -> Alongside:
+    """The public transition row that goes with a change of status, after those of statuses `passed` on the way."""
     return Alongside(
         "INSERT INTO devboxes_devboxtransition (devbox_id, status, at, failure_reason) "
-        "SELECT id, %s, clock_timestamp(), %s FROM settled",
-        (status, failure_reason),
+        "SELECT settled.id, via.status, clock_timestamp(), %s FROM settled, unnest(%s::text[]) AS via (status)",
+        (failure_reason, [*passed, status]),
     )
 
 
@@ -130,7 +130,9 @@ class DevboxFlow(Flow[DevboxRow]):
             columns.pop("ended_at", None)
             return Settled(columns, hint=isinstance(outcome, Done))
         reason = outcome.learnt.get("failure_reason")
-        return Settled(columns, transition(str(columns["status"]), str(reason) if reason else None))
+        # A devbox without launch work is initialized in no time.
+        passed = [states.STATUS[states.LAUNCH]] if step == states.RUNNING and row.step != states.LAUNCH else []
+        return Settled(columns, transition(str(columns["status"]), str(reason) if reason else None, passed))
 
     def expired(self, row: DevboxRow) -> Outcome | None:
         """Past a step's time the devbox fails, naming the clock that fired.
@@ -182,8 +184,7 @@ class DevboxFlow(Flow[DevboxRow]):
         hosts = placement.choose(*row.size, row.architecture, limit=1)
         if not hosts:
             return Wait(PLACE_AGAIN_SECONDS)
-        host_id = hosts[0]
-        image = Host.objects.values_list("image_id", flat=True).get(pk=host_id)
+        host_id, image = hosts[0]
         return Next(
             states.PREPARE_DISK,
             {"host_id": host_id, "image_id": image, "reserved": True, "placed_at": DatabaseNow()},
@@ -191,14 +192,15 @@ class DevboxFlow(Flow[DevboxRow]):
         )
 
     def prepare_disk(self, row: DevboxRow) -> Outcome:
-        """Have its disk made, or a warm box claimed for it."""
+        """Have its disk made; or a warm box claimed for it, which is up and only wants its limits."""
         reply = self._host(row).prepare_disk(
             box=row.id, fence=row.fence, image=row.image_id, disk_bytes=row.disk_mb * MIB
         )
-        return Next(states.BOOT, {"slot": reply["slot"], "disk_at": DatabaseNow()})
+        learnt: dict[str, object] = {"slot": reply["slot"], "disk_at": DatabaseNow()}
+        return self.boot(row, learnt) if reply["warm"] else Next(states.BOOT, learnt)
 
-    def boot(self, row: DevboxRow) -> Outcome:
-        """Have its box started."""
+    def boot(self, row: DevboxRow, prepared: Mapping[str, object] | None = None) -> Outcome:
+        """Have its box started. `prepared` is what the same go has learnt already."""
         reply = self._host(row).boot(
             box=row.id,
             fence=row.fence,
@@ -210,7 +212,11 @@ class DevboxFlow(Flow[DevboxRow]):
         )
         learnt = {"slot": reply["slot"], "address": reply["address"], "seen": "up", "seen_at": DatabaseNow()}
         learnt |= {"booted_at": DatabaseNow(), "host_clock_at_start": reply.get("monotonic")}
-        return Next(states.LAUNCH, learnt)
+        learnt = {**(prepared or {}), **learnt}
+        if row.launch_total:
+            return Next(states.LAUNCH, learnt)
+        started = self._start(row, 0, [], [])
+        return replace(started, learnt={**learnt, **started.learnt})
 
     def launch(self, row: DevboxRow) -> Outcome:
         """Run its launch work, one piece after the other; sleep while one runs."""
@@ -253,7 +259,7 @@ class DevboxFlow(Flow[DevboxRow]):
                 return Next(states.LAUNCH, learnt, also=_log(row.id, entries))
         return self._start(row, index, entries, items)
 
-    def _start(self, row: DevboxRow, index: int, entries: Sequence[logs.Entry], items: list[dict[str, Any]]) -> Outcome:
+    def _start(self, row: DevboxRow, index: int, entries: Sequence[logs.Entry], items: list[dict[str, Any]]) -> Wait:
         learnt: dict[str, object] = {
             "launch_index": index,
             "launch_items": items,

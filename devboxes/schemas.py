@@ -7,6 +7,7 @@ charge of: the operations (`devboxes.api`), or of rules that need the database (
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from django.conf import settings
@@ -21,6 +22,7 @@ from api.validation import (
     StrictSerializer,
     TextField,
     WholeField,
+    validated,
 )
 from devboxes import sizes, states
 
@@ -239,9 +241,7 @@ class MountField(serializers.Field[Any, Any, Any, Any]):
             raise serializers.ValidationError({"type": f"{kind} is not available yet."})
         if not isinstance(kind, str) or kind not in self._built:
             raise serializers.ValidationError({"type": f"Must be one of {', '.join([*self._built, *self._later])}."})
-        serializer = self._built[kind](data=data)
-        serializer.is_valid(raise_exception=True)
-        return dict(serializer.validated_data)
+        return validated(self._built[kind], data)
 
     def to_representation(self, value: Any) -> Any:
         return value
@@ -367,9 +367,12 @@ class DevboxCreateParameters(StrictSerializer):
     gateways = not_yet(serializers.DictField(child=GatewaySpec()), "Gateways are")
     mcp = not_yet(serializers.DictField(child=McpSpec()), "MCP servers are")
 
-    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
-        if "tunnel" in self.initial_data and self.initial_data["tunnel"] is not None:
+    def to_internal_value(self, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("tunnel") is not None:
             raise serializers.ValidationError({"tunnel": "Tunnels are not available yet."})
+        return super().to_internal_value(data)
+
+    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
         mounts = all_mounts(attrs)
         if len(mounts) > MOUNTS_MAX:
             raise serializers.ValidationError({"mounts": f"At most {MOUNTS_MAX} mounts of all kinds are allowed."})

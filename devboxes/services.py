@@ -33,14 +33,20 @@ CAP_MARGIN = 64
 
 
 def create_devbox(
-    caller: Caller, parameters: Mapping[str, Any], *, raw_body: bytes, request_id: str | None, route: str = CREATE
+    caller: Caller,
+    parameters: Mapping[str, Any],
+    *,
+    raw_body: bytes,
+    request_id: str | None,
+    route: str = CREATE,
+    id: str | None = None,
 ) -> str:
-    """Make a devbox of validated `DevboxCreateParameters` and return its id; its flow does the rest.
+    """Make a devbox of validated `DevboxCreateParameters` and return its id, `id` if it is new; its flow does the rest.
 
     Raises BadRequest when no host could ever hold it or the request id was used for another body, TooManyRequests at
     the account's cap, Unavailable when there is no host at all.
     """
-    devbox_id = new_id("dbx")
+    devbox_id = id or new_id("dbx")
     columns = _columns(caller, parameters)
     with transaction.atomic():
 

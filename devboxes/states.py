@@ -9,6 +9,8 @@
     teardown ──► gone                             clean_up ──► failed
       (shutdown)                                      (failure)
 
+A warm box needs no `boot`, a devbox without launch work no `launch`: such a step is gone over.
+
 In charge of: the tables. Not in charge of: making the moves (`devboxes.devbox_flow`, `devboxes.services`).
 
 The status is always STATUS[step] and is written in the same UPDATE as the step, so the two cannot disagree. `teardown`
@@ -44,8 +46,8 @@ STATUS: Final[dict[str, str]] = {
 
 MOVES: Final[dict[str, frozenset[str]]] = {
     PLACE: frozenset({PREPARE_DISK, TEARDOWN, CLEAN_UP}),
-    PREPARE_DISK: frozenset({BOOT, TEARDOWN, CLEAN_UP}),
-    BOOT: frozenset({LAUNCH, TEARDOWN, CLEAN_UP}),
+    PREPARE_DISK: frozenset({BOOT, LAUNCH, RUNNING, TEARDOWN, CLEAN_UP}),
+    BOOT: frozenset({LAUNCH, RUNNING, TEARDOWN, CLEAN_UP}),
     LAUNCH: frozenset({RUNNING, TEARDOWN, CLEAN_UP}),
     RUNNING: frozenset({TEARDOWN, CLEAN_UP}),
     TEARDOWN: frozenset({GONE}),

@@ -15,10 +15,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
+from rest_framework.serializers import Serializer
+
 from accounts.caps import limits
 from api.asynchronous import Request, Response, StreamResponse, in_database, json_response
 from api.errors import BadRequest, Unavailable, WaitTimedOut
 from api.ids import new_id
+from api.validation import validated
 from api.waiting import hub, wait_over
 from executions import answers, selectors, services, streams
 from executions.models import Status
@@ -52,10 +55,8 @@ _REQUEST = re.compile(r"[A-Za-z0-9._-]{1,64}")
 Read = Callable[[], ExecutionView]
 
 
-def _parsed(serializer: Any) -> dict[str, Any]:
-    serializer.is_valid(raise_exception=True)
-    given: dict[str, Any] = serializer.validated_data
-    return {name: value for name, value in given.items() if value is not None}
+def _parsed(serializer: type[Serializer[Any]], data: Any) -> dict[str, Any]:
+    return {name: value for name, value in validated(serializer, data).items() if value is not None}
 
 
 def _whole(query: dict[str, str], name: str, default: int, most: int) -> int:
@@ -86,6 +87,15 @@ async def _wait(read: Read, execution_id: str, done: Callable[[ExecutionView], b
     return await hub.wait_until(execution_id, read, done, deadline)
 
 
+async def _run(request: Request, new: services.NewExecution, seconds: float) -> tuple[Read, ExecutionView]:
+    """Make the execution and wait for its end, `seconds` at most."""
+    deadline = _in(seconds)
+    create = partial(services.create_execution, request.caller, request.params["id"], new)
+    execution_id = await hub.make(new.id, create, deadline)
+    read = _reader(request, execution_id)
+    return read, await hub.wait_until(execution_id, read, _completed, deadline)
+
+
 def _in(seconds: float) -> float:
     return asyncio.get_running_loop().time() + seconds
 
@@ -100,7 +110,7 @@ def _refuse_later(given: dict[str, Any], *, stdin: bool) -> None:
 async def execute(request: Request) -> Response:
     """Run a command under the caller's own id and hold for its end, up to `optimistic_timeout` seconds."""
     last_n = _last_n(request)
-    given = _parsed(StartExecutionParameters(data=await request.json(BODY_MAX)))
+    given = _parsed(StartExecutionParameters, await request.json(BODY_MAX))
     _refuse_later(given, stdin=False)
     new = services.NewExecution(
         operation="execute",
@@ -108,16 +118,14 @@ async def execute(request: Request) -> Response:
         command_id=given["command_id"],
         request_id=request.request_id,
     )
-    execution_id = await in_database(services.create_execution, request.caller, request.params["id"], new)
-    read = _reader(request, execution_id)
     seconds = min(given.get("optimistic_timeout", HOLD_MAX_SECONDS), HOLD_MAX_SECONDS)
-    view = await _wait(read, execution_id, _completed, seconds)
+    read, view = await _run(request, new, seconds)
     return json_response(await answers.async_view(read, view, last_n))
 
 
 async def execute_async(request: Request) -> Response:
     """Start a command and answer at once."""
-    given = _parsed(CreateExecutionParameters(data=await request.json(BODY_MAX)))
+    given = _parsed(CreateExecutionParameters, await request.json(BODY_MAX))
     _refuse_later(given, stdin=True)
     new = services.NewExecution(
         operation="execute_async",
@@ -133,15 +141,13 @@ async def execute_async(request: Request) -> Response:
 async def execute_sync(request: Request) -> Response:
     """Run a command and hold until it has ended, for as long as the client stays (it is cancelled when that leaves;
     the command goes on, and the same x-request-id comes back to it)."""
-    given = _parsed(CreateExecutionParameters(data=await request.json(BODY_MAX)))
+    given = _parsed(CreateExecutionParameters, await request.json(BODY_MAX))
     _refuse_later(given, stdin=False)
     new = services.NewExecution(operation="execute_sync", command=given["command"], request_id=request.request_id)
-    execution_id = await in_database(services.create_execution, request.caller, request.params["id"], new)
-    read = _reader(request, execution_id)
-    view = await _wait(read, execution_id, _completed, SYNC_MAX_SECONDS)
+    read, view = await _run(request, new, SYNC_MAX_SECONDS)
     if not view.completed:
         # The time is up, or this server is being stopped. Asked again with its x-request-id it is the same command.
-        raise WaitTimedOut(f"execution {execution_id} has not ended yet and goes on; use wait_for_status")
+        raise WaitTimedOut(f"execution {view.id} has not ended yet and goes on; use wait_for_status")
     return json_response(await answers.sync_view(read, view))
 
 
@@ -155,7 +161,7 @@ async def get(request: Request) -> Response:
 async def wait_for_status(request: Request) -> Response:
     """Hold until the execution has one of the wanted statuses; 408 when it has none in time, or the server stops."""
     last_n = _last_n(request)
-    given = _parsed(WaitForCommandRequest(data=await request.json()))
+    given = _parsed(WaitForCommandRequest, await request.json())
     wanted = frozenset(given["statuses"])
     seconds = min(given.get("timeout_seconds", HOLD_MAX_SECONDS), HOLD_MAX_SECONDS)
     read = _reader(request)
@@ -173,7 +179,7 @@ async def wait_for_status(request: Request) -> Response:
 
 async def kill(request: Request) -> Response:
     """Stop the command, whatever it does; one that has ended already is simply answered."""
-    given = _parsed(KillExecutionRequest(data=await request.json()))
+    given = _parsed(KillExecutionRequest, await request.json())
     read = _reader(request)
     view = await in_database(read)
     if not view.completed:
@@ -186,7 +192,7 @@ async def kill(request: Request) -> Response:
 
 async def send_std_in(request: Request) -> Response:
     """Give a running command input, the end of its input, or an interrupt."""
-    given = _parsed(SendStdInRequest(data=await request.json(BODY_MAX)))
+    given = _parsed(SendStdInRequest, await request.json(BODY_MAX))
     text, signal = given.get("text"), given.get("signal")
     if (text is None) == (signal is None):
         raise BadRequest("give exactly one of text and signal")

@@ -46,10 +46,11 @@ Operation = Literal["execute", "execute_async", "execute_sync"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NewExecution:
-    """What a caller asks for. `request_id` is the request's x-request-id."""
+    """What a caller asks for. `request_id` is the request's x-request-id; `id` the one it gets if it is new."""
 
     operation: Operation
     command: str
+    id: str = dataclasses.field(default_factory=lambda: new_id("exe"))
     command_id: str | None = None
     request_id: str | None = None
     attach_stdin: bool = False
@@ -89,7 +90,7 @@ def create_execution(caller: Caller, devbox_id: str, new: NewExecution) -> str:
     """
     _check(new)
     request_key = f"{new.operation}:{new.request_id}" if new.request_id is not None else None
-    execution_id = new_id("exe")
+    execution_id = new.id
     columns = {
         "id": execution_id,
         "devbox": devbox_id,

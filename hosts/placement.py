@@ -64,7 +64,7 @@ _RELEASE = """
 
 # The host whose scarcest resource would be the least promised comes first, so boxes spread.
 _CHOOSE = f"""
-    SELECT id FROM hosts_host
+    SELECT id, image_id FROM hosts_host
      WHERE {_ROOM} AND {_HOLDS}
        AND (%(architecture)s::text IS NULL OR architecture = %(architecture)s)
        AND (%(image)s::text IS NULL OR image_id = %(image)s)
@@ -122,13 +122,13 @@ def choose(
     image: str | None = None,
     *,
     limit: int = 8,
-) -> list[str]:
-    """Ids of hosts with room now, best first, at most `limit`. Only `reserve` makes it a promise."""
+) -> list[tuple[str, str]]:
+    """Hosts with room now, each with its image, best first, at most `limit`. Only `reserve` makes it a promise."""
     with connection.cursor() as cursor:
         cursor.execute(
             _CHOOSE, _params(cpu_millis, memory_mb, disk_mb, architecture=architecture, image=image, limit=limit)
         )
-        return [row[0] for row in cursor.fetchall()]
+        return list(cursor.fetchall())
 
 
 def fits_any(cpu_millis: int, memory_mb: int, disk_mb: int, architecture: str | None = None) -> bool:

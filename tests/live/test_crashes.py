@@ -79,7 +79,8 @@ CREATE_POINTS = [
 @pytest.mark.parametrize("point", CREATE_POINTS)
 def test_a_worker_killed_while_it_creates_a_devbox(berth, fault, no_orphans, point: str) -> None:
     killed = fault.arm(point)
-    box = berth.owner.post("/v1/devboxes", {"name": "crash"})["id"]
+    # With nothing to launch a devbox goes over that step.
+    box = berth.owner.post("/v1/devboxes", {"name": "crash", "launch_parameters": {"launch_commands": ["true"]}})["id"]
     view = berth.owner.wait(box, "running", "failure", within=TAKEN_OVER_WITHIN)
     assert fault.struck(), "the worker never came to this point"
     assert not alive(killed)
