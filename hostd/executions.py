@@ -57,9 +57,6 @@ RETRY_S = 0.5
 TRACED_S = 0.1
 EXIT_PATIENCE_S = 5.0
 """How long a successor waits for the zygote to say how a command ended that was not its own child."""
-TOLD_S = 1.0
-"""An exit that went out with the answer to its spawn is told to hostd only after this time: whoever asked has written
-it down by then, and what is left of it is told together with others."""
 LOST = -1
 
 
@@ -76,7 +73,7 @@ class Executions:
         memory: Memory,
         ending: Callable[[], bool],
         park: Callable[[dict[str, Any], list[int]], None],
-        announce: Callable[[Execution], None],
+        announce: Callable[[Execution, bool], None],
     ) -> None:
         self._poller, self._directory, self._journal, self._spawner = poller, directory, journal, spawner
         self._settings, self._memory, self._ending = settings, memory, ending
@@ -85,7 +82,6 @@ class Executions:
         self.known: dict[str, Execution] = {}
         self.by_pid: dict[int, Execution] = {}
         self._active = 0
-        self._told: list[Execution] = []  # exits that are announced later, see TOLD_S
         self.box_gone = False
         self.listeners: list[Callable[[Execution], None]] = []
         """Called whenever a command has more output, has begun to run or has ended."""
@@ -459,18 +455,7 @@ class Executions:
         waiters, execution.exit_waiters = execution.exit_waiters, []
         self._tell(execution)
         heard = [call() for call in waiters]
-        if any(heard):
-            if not self._told:
-                self._poller.after(TOLD_S, self.announce_told)
-            self._told.append(execution)
-        else:
-            self._announce(execution)
-
-    def announce_told(self) -> None:
-        """Announce what was only answered so far."""
-        told, self._told = self._told, []
-        for execution in told:
-            self._announce(execution)
+        self._announce(execution, any(heard))
 
     def _pipe_closed(self, execution: Execution) -> None:
         if execution.state == "exited" and not execution.open_pipes():

@@ -38,6 +38,8 @@ MAX_LINKS = 8
 BACKLOG = 64
 TICK_S = 10.0
 PARK_S = 2
+TOLD_S = 1.0
+"""Whoever asked for a command has written its end down by then, and what is left to do about it is little."""
 FILTER_BYTES = 1 << 19
 
 
@@ -128,6 +130,7 @@ class Keeper:
         _bound_sends(given.link)
         self._spawner_process: tuple[int, int] | None = None
         self._links: list[HostdLink] = []
+        self._told: list[Execution] = []  # exits to be announced later
         self._listener = self._listen(one["listen"])
         self.journal = Journal(self._out)
         if spec["box"] and not self.box():
@@ -197,7 +200,7 @@ class Keeper:
     def _box_gone(self) -> None:
         self.poller.off(self._init)
         self.executions.box_gone = True
-        self.executions.announce_told()  # exits before the end of the box
+        self._announce_told()  # exits before the end of the box
         oom = self._memory.kills() > self._kills_before
         self.journal.write("", {"box_exit": {"init": self._init_pid, "oom": oom, "at_ms": int(time.time() * 1000)}})
         self.spawner.stop()
@@ -320,10 +323,21 @@ class Keeper:
         link.sock.close()
         self._links.remove(link)
 
-    def _announce(self, execution: Execution) -> None:
+    def _announce(self, execution: Execution, told: bool) -> None:
+        """Tell hostd of an exit; one that went out with the answer to its spawn is told later, together with others."""
+        if told:
+            if not self._told:
+                self.poller.after(TOLD_S, self._announce_told)
+            self._told.append(execution)
+            return
         for link in list(self._links):
             link.exits[execution.id] = None
             self._flush(link)
+
+    def _announce_told(self) -> None:
+        told, self._told = self._told, []
+        for execution in told:
+            self._announce(execution, False)
 
     def _tell_spawner(self, state: str, detail: str) -> None:
         for link in list(self._links):
