@@ -216,6 +216,27 @@ def prove(url: str, key: str) -> int:
         if done.exit_status not in (137, 143):
             raise AssertionError(f"exit status {done.exit_status}")
 
+    def interrupted() -> None:
+        begun = devboxes.execute_async(main, command="trap 'echo heard; exit 9' INT; while :; do sleep 0.1; done")
+        time.sleep(0.5)
+        executions.send_std_in(begun.execution_id, devbox_id=main, signal="INTERRUPT")
+        done = executions.await_completed(begun.execution_id, devbox_id=main)
+        expect((done.stdout, done.exit_status), ("heard\n", 9))
+
+    def listed_and_explained() -> None:
+        # Ours beyond the clients' own methods: asked for by path.
+        done = devboxes.execute(main, command="kill -9 $$", command_id="proof-2", optimistic_timeout=10)
+        expect(done.exit_status, 137)
+        page: Any = client.get(f"/v1/devboxes/{main}/executions?limit=1", cast_to=object)
+        expect([(one["execution_id"], one["exit_status"]) for one in page["executions"]], [(done.execution_id, 137)])
+        why: Any = client.get(f"/v1/devboxes/{main}/executions/{done.execution_id}/why", cast_to=object)
+        expect((why["cause"]["kind"], why["cause"]["signal"], why["exit_status"]), ("signal", 9, 137))
+        waited = executions.await_completed(done.execution_id, devbox_id=main)
+        expect((waited.exit_status, waited.why), (137, why["cause"]["message"]))
+        box: Any = client.get(f"/v1/devboxes/{main}/why", cast_to=object)
+        expect((box["status"], box["cause"], box["phases"][-1]["phase"]), ("running", None, "running"))
+        expect([item["exit_status"] for item in box["launch"]], [0] * box["launch_total"])
+
     def big() -> None:
         begun = devboxes.execute_async(main, command="seq 1 400000")
         with executions.stream_stdout_updates(begun.execution_id, devbox_id=main) as stream:
@@ -283,6 +304,8 @@ def prove(url: str, key: str) -> int:
     check("files: write, read, upload, download", files)
     check("terminal: key, session, resize, close", terminal)
     check("kill", killed)
+    check("send_std_in: interrupt", interrupted)
+    check("executions listed; why of a command and of a devbox", listed_and_explained)
     check("background server", background)
     check("wrong key: 401", without_key)
     check(
