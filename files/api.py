@@ -8,6 +8,7 @@ holds more of a file than a few pieces, but for the two that answer and take tex
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Final, cast
@@ -26,6 +27,8 @@ from files.schemas import DevboxDownloadFileParameters, DevboxReadFileParameters
 from hostd.messages import User
 from hosts.client import HostRefused, HostUnreachable, async_client_for
 from hosts.files import SMALL_BYTES, FileRead, FileWrite
+
+log = logging.getLogger(__name__)
 
 TEXT_MAX: Final = 100 * 1000 * 1000
 TEXT_BODY_MAX: Final = 128 * 1024 * 1024
@@ -75,6 +78,7 @@ def _told(context: ExecutionContext) -> Iterator[None]:
     try:
         yield
     except HostUnreachable as error:
+        log.info("a file operation of %s could not go on: %s", context.devbox_id, error)
         raise Unavailable(f"the host of devbox {context.devbox_id} does not answer; try again shortly") from error
     except HostRefused as error:
         raise _error(context, error) from error

@@ -7,6 +7,7 @@ In charge of what a caller may ask and of saying the host's errors in the API's 
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import signal as signals
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ from devboxes.selectors import ExecutionContext
 from devboxes.services import touch
 from hosts.client import HostRefused, HostUnreachable, async_client_for
 from hosts.terminals import Attached
+
+log = logging.getLogger(__name__)
 
 CELLS_MAX: Final = 1000
 TERM: Final = "xterm-256color"
@@ -52,6 +55,7 @@ def _told(context: ExecutionContext, name: str) -> Iterator[None]:
     try:
         yield
     except HostUnreachable as error:
+        log.info("a terminal of %s could not go on: %s", context.devbox_id, error)
         raise Unavailable(f"the host of devbox {context.devbox_id} does not answer; try again shortly") from error
     except HostRefused as error:
         match error.code:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tests.bench import commands, creating, streaming, waiting
+from tests.bench import commands, creating, reaching, streaming, waiting
 from tests.bench.figures import Figure
 from tests.bench.installation import Target
 
@@ -31,6 +31,9 @@ MEASURES: dict[str, Measure] = {
     "stream_mb_s": Measure(streaming.stream_mb_s, 120),
     "streams_200": Measure(streaming.streams_200, 120),
     "slow_reader_1gib": Measure(streaming.slow_reader_1gib, 180),
+    "small_file_rw_ms": Measure(reaching.small_file_rw_ms, 60),
+    "large_files_mb_s": Measure(reaching.large_files_mb_s, 120),
+    "terminals": Measure(reaching.terminals, 90),
     "idle_long_polls_mb": Measure(waiting.idle_long_polls_mb, 150),
     "open_executions_1000": Measure(commands.open_executions_1000, 180),
     "burst_50": Measure(creating.burst_50, 150),
