@@ -18,7 +18,7 @@ from tests.chaos import check, evidence, plan
 from tests.chaos.drive import Run
 from tests.chaos.site import Site
 
-POOL_GB = 6
+POOL_GB = 5
 
 
 def parse(argv: list[str] | None = None) -> plan.Plan:
