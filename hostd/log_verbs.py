@@ -7,6 +7,8 @@ Not in charge of: the wire (clients.py), lines, which the reader cuts.
 
 from __future__ import annotations
 
+import time
+
 from hostd import packets, requests
 from hostd.output_index import MAX_RECORDS, RECORD
 
@@ -74,6 +76,7 @@ class Changes:
         self._client, self._executions = client, executions
         self._moved = {e.id: None for e in executions.known.values() if _moving(e)}
         self._waiting = False
+        self._told_at = 0.0
         executions.listeners.append(self._note)
         client.begin_frames({"ok": True, "offset": 0}, self._end)
         self._later(0)
@@ -84,7 +87,7 @@ class Changes:
     def _note(self, execution: Execution) -> None:
         self._moved[execution.id] = None
         if not self._waiting:
-            self._later(COALESCE_S)
+            self._later(max(0.0, self._told_at + COALESCE_S - time.monotonic()))
 
     def _later(self, seconds: float) -> None:
         self._waiting = True
@@ -92,6 +95,7 @@ class Changes:
 
     def _tell(self) -> None:
         self._waiting = False
+        self._told_at = time.monotonic()
         if self._client.is_behind():
             self._later(BUSY_S)
             return
