@@ -162,7 +162,7 @@ _STATES = "SELECT status, count(*) FROM executions_execution WHERE devbox_id = A
 def open_executions_1000(target: Target) -> Iterator[Figure]:
     """A thousand `sleep`s open at once on one host, in four devboxes: until all run, what each holds in memory, and
     from their common end until the last is completed; every exit status is looked at."""
-    count, lasts = (200, 25) if target.quick else (1000, 75)
+    count, lasts = (100, 15) if target.quick else (1000, 75)
     parts = Parts(target.up)
     with (
         target.boxes(4) as boxes,

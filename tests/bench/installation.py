@@ -24,7 +24,7 @@ from tests.live.conftest import Up, environment
 
 #: Fifty of the smallest devboxes promise more than a small machine has; only the promise is in the way.
 ROOM = {
-    "BERTH_POOL_GB": "16",
+    "BERTH_POOL_GB": "8",
     "BERTH_OVERCOMMIT_CPU": "32",
     "BERTH_OVERCOMMIT_MEMORY": "8",
     "BERTH_OVERCOMMIT_DISK": "32",

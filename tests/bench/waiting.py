@@ -20,32 +20,28 @@ SOURCES = [f"127.0.0.{number}" for number in range(2, 10)]
 """Each has ports of its own."""
 IDLE_EXECUTIONS = 50
 ENDING = 20
+_ENDS_WHEN_TOLD = "mkfifo told-{number}; read x <told-{number}; echo $EPOCHREALTIME"
+_TELL = "exec 9<> <(:); for n in {{0..{last}}}; do read -t {pause:.2f} -u 9; echo >told-$n; done"
 
 
 def idle_long_polls_mb(target: Target) -> Iterator[Figure]:
     """wait_for_status by 10,000 clients, each asking again after its 408, on one web process: what it grows by; how
     soon an execution's end reaches its waiter meanwhile; how other requests fare; and until all 10,000 are answered
     when what they wait for ends at once."""
-    count = 2000 if target.quick else 10_000
-    lasts = 12 if target.quick else 35
+    count = 1000 if target.quick else 10_000
+    lasts = 8 if target.quick else 35
     with target.boxes(2) as (quiet, lively), one_web(target) as web:
         parts = Parts(target.up, {"one web": web.pid})
         idle = [target.start(quiet, "sleep 300") for _ in range(IDLE_EXECUTIONS)]
+        ending = [target.start(lively, _ENDS_WHEN_TOLD.format(number=number)) for number in range(ENDING)]
         alone = _gets(target, web, quiet)
         before = pss_mb([web.pid])
-        # Their ends lie in the second half of the time, one after another, while all the others wait.
-        opening = 3 + count / 250
-        ending = [
-            target.start(
-                lively, f"read -t {opening + lasts / 2 + number * lasts / 50:.2f} <> <(:); echo $EPOCHREALTIME"
-            )
-            for number in range(ENDING)
-        ]
         paths = [idle[number % len(idle)] for number in range(count - ENDING)] + ending
         with Polls({"base_url": web.base_url, "key": target.key, "sources": SOURCES, "paths": paths}) as polls:
-            polls.told("asked", 60)
+            polls.told("asked", 90)
             memory: list[float] = []
             beside: list[float] = []
+            target.start(lively, _TELL.format(pause=lasts / 4 / ENDING, last=ENDING - 1))
             with Meter(parts) as meter:
                 until = time.monotonic() + lasts
                 while time.monotonic() < until:
