@@ -19,6 +19,8 @@ def reason_of(execution: Execution, code: int, memory: Memory, *, box_ended: boo
     """Return the reason of an exit with `code`, None when there is nothing to add to it."""
     if execution.exec_error is not None and code in (125, 126, 127):
         return {"kind": "exec_failed", "detail": execution.exec_error}
+    if execution.shell is not None and execution.shell.hung:
+        return {"kind": "killed", "detail": "its shell carried out nothing any more and was ended"}
     if code == 137:
         kills = memory.kills() - execution.box_kills
         if kills > 0:

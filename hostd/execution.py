@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from hostd.output_index import Index
+    from hostd.shells import Shell
     from hostd.stdin import Inputs, Stdin
 
 
@@ -41,12 +42,15 @@ class Execution:
         "inputs",
         "killed",
         "late",
+        "notes",
+        "number",
         "pending_kill",
         "pid",
         "pidfd",
         "reap",
         "reason",
         "settled",
+        "shell",
         "started_at_ms",
         "state",
         "status",
@@ -78,6 +82,9 @@ class Execution:
         self.cap: int | None = None  # bytes kept of each stream, when its spawn said so
         self.first_ms = 0  # when the first byte came, as a predecessor wrote it down
         self.settled = False
+        self.shell: Shell | None = None  # the named shell that runs it
+        self.number = 0  # its place among the commands of that shell
+        self.notes: list[str] = []  # what its user should know of its shell
         self.waiters: list[Callable[[], None]] = []  # called when it runs, or never will
         self.exit_waiters: list[Callable[[], bool]] = []  # called when it has exited; True: its asker was told
 

@@ -31,6 +31,7 @@ from hostd.memory import Memory
 from hostd.output_index import Index
 from hostd.procs import signals
 from hostd.requests import Refused
+from hostd.shells import KEY, Shells
 from hostd.spawner_link import Order, SpawnerLink
 from hostd.stdin import Inputs, Stdin, sealed_input
 from hostd.streams import Bucket, Stream
@@ -85,6 +86,7 @@ class Executions:
         self.box_gone = False
         self.listeners: list[Callable[[Execution], None]] = []
         """Called whenever a command has more output, has begun to run or has ended."""
+        self.shells = Shells(poller, journal, spawner, park, self)
 
     # --- verbs
 
@@ -109,14 +111,18 @@ class Executions:
             raise Refused("busy", f"{MAX_RUNNING} commands run in this box already")
         if len(self.known) >= MAX_KNOWN:
             raise Refused("busy", f"{MAX_KNOWN} commands of this box wait to be acknowledged")
+        shell = self.shells.admit(command.shell) if command.shell is not None else None
         execution = self._new(name, fence, cap)
+        if shell is not None:
+            self.shells.take(shell, execution, command)
+            return execution
         given = sealed_input(command.input) if command.input is not None else None
         order = Order(command.message, given)
-        order.before = lambda: self._intend(execution)
+        order.before = lambda: self.intend(execution, {})
         order.started = lambda pidfd, ends: self._started(execution, pidfd, ends)
-        order.failed = lambda code, message: self._never_ran(execution, code, message)
-        order.lost = lambda detail: self._lost(execution, detail)
-        order.exec_failed = lambda message: self._exec_failed(execution, message)
+        order.failed = lambda code, message: self.never_ran(execution, code, message)
+        order.lost = lambda detail: self.lost(execution, detail)
+        order.exec_failed = lambda message: self.exec_failed(execution, message)
         self._spawner.ask(order)
         return execution
 
@@ -201,6 +207,8 @@ class Executions:
                 answer["pid"] = execution.pid
             return answer
         answer.update(exit=execution.exit, reason=execution.reason, exited_at_ms=execution.exited_at_ms)
+        if execution.notes:
+            answer["notes"] = execution.notes
         if sum(execution.sizes()) <= INLINE_BYTES:
             out, err = (stream.in_base64() for stream in execution.streams)
             if out is not None and err is not None:
@@ -215,8 +223,8 @@ class Executions:
         return [e for e in self.known.values() if e.state == "exited" and not e.acked]
 
     def pids(self) -> set[int]:
-        """Return the host pids of the children that are commands of ours."""
-        return set(self.by_pid)
+        """Return the host pids of the children that are commands or shells of ours."""
+        return self.by_pid.keys() | self.shells.pids()
 
     def tidy(self) -> None:
         """Remove what is beyond the bounds: called now and then."""
@@ -281,10 +289,10 @@ class Executions:
             self._journal.write(execution.id, {"fence": fence})
             execution.fence = fence
 
-    def _intend(self, execution: Execution) -> None:
+    def intend(self, execution: Execution, more: dict[str, Any]) -> None:
         """The last moment before the spawner is asked. Raises Refused no_space."""
         execution.box_kills = self._memory.kills()
-        facts = {"fence": execution.fence, "at": execution.started_at_ms, "oom": execution.box_kills}
+        facts = {"fence": execution.fence, "at": execution.started_at_ms, "oom": execution.box_kills, **more}
         if execution.cap is not None:
             facts["cap"] = execution.cap
         try:
@@ -295,13 +303,14 @@ class Executions:
     def _started(self, execution: Execution, pidfd: int, ends: dict[str, int]) -> None:
         """Park, then write down, then tell."""
         execution.pidfd, execution.pid = pidfd, procs.pid_of(pidfd)
-        self._park_execution(execution, ends)
+        self.park_execution(execution, ends)
         self._write(execution, {"pid": execution.pid, "start": procs.start_time(execution.pid) or 0})
-        self._run(execution, ends)
+        self.run(execution, ends)
         if execution.pending_kill is not None:
             self._signal(execution, *execution.pending_kill)
 
-    def _park_execution(self, execution: Execution, ends: dict[str, int]) -> None:
+    def park_execution(self, execution: Execution, ends: dict[str, int]) -> None:
+        """Give the zygote its descriptors."""
         held = {"pidfd": execution.pidfd, **ends}
         roles = [role for role, descriptor in held.items() if descriptor >= 0]
         message = {"park": execution.id, "pid": execution.pid, "roles": roles}
@@ -309,15 +318,19 @@ class Executions:
 
     def park_all(self) -> None:
         """Park everything again: the zygote is a new one."""
+        self.shells.park_all()
         for execution in self.known.values():
             if execution.state == "running" or execution.open_pipes():
                 ends = {str(stream.number): stream.pipe for stream in execution.streams}
                 ends["stdin"] = execution.stdin.pipe if execution.stdin is not None else -1
-                self._park_execution(execution, ends)
+                if execution.shell is not None and execution.shell.current is execution:
+                    ends["hold"] = execution.shell.hold
+                self.park_execution(execution, ends)
 
-    def _run(self, execution: Execution, ends: dict[str, int]) -> None:
+    def run(self, execution: Execution, ends: dict[str, int]) -> None:
+        """It has been started: attend to it."""
         execution.state = "running"
-        if execution.pid > 0:
+        if execution.shell is None:
             self.by_pid[execution.pid] = execution
         for stream in execution.streams:
             if ends.get(str(stream.number), -1) >= 0:
@@ -331,10 +344,11 @@ class Executions:
             )
             if self._journal.facts.get(execution.id, {}).get("eof"):
                 execution.stdin.close()
-        self._poller.on(execution.pidfd, lambda _: self._dead(execution))
+        if execution.shell is None:
+            self._poller.on(execution.pidfd, lambda _: self._dead(execution))
         self._tell(execution)
 
-    def _never_ran(self, execution: Execution, code: str, message: str) -> None:
+    def never_ran(self, execution: Execution, code: str, message: str) -> None:
         """No such command then: whoever asks again starts it anew."""
         self.known.pop(execution.id, None)
         self._active -= 1
@@ -345,10 +359,12 @@ class Executions:
             stream.seal()
         self._tell(execution)
 
-    def _lost(self, execution: Execution, detail: str) -> None:
+    def lost(self, execution: Execution, detail: str) -> None:
+        """Nobody can tell how it ended, or whether it ran."""
         self._conclude(execution, LOST, {"kind": "lost", "detail": detail})
 
-    def _exec_failed(self, execution: Execution, message: str) -> None:
+    def exec_failed(self, execution: Execution, message: str) -> None:
+        """Its program could not be run: the child is about to exit."""
         execution.exec_error = message
 
     def _signal(self, execution: Execution, signal: int, group: bool) -> None:
@@ -356,6 +372,9 @@ class Executions:
             self._write(execution, {"kill": signal})
         execution.killed = signal
         try:
+            if execution.shell is not None:
+                self.shells.signal(execution, signal, group)
+                return
             signals.pidfd_send_signal(execution.pidfd, signal)
             if group and execution.pid > 1:
                 # The kernel lets us reach this box's processes only, so a number that was given to somebody else's
@@ -394,7 +413,7 @@ class Executions:
             self.ended(execution, status)
         elif time.monotonic() > deadline:
             self._poller.off(execution.pidfd)
-            self._lost(execution, "it has ended, but the process that was its parent then is gone with its exit status")
+            self.lost(execution, "it has ended, but the process that was its parent then is gone with its exit status")
         else:
             self._poller.after(0.05, lambda: self._ask_kernel(execution, deadline))
 
@@ -424,9 +443,11 @@ class Executions:
             return
         exited_at = execution.exited_at_ms or now_ms()
         kept = execution.index.seal() if execution.index is not None else {}
-        facts = {"exit": code, "reason": reason, "sizes": execution.sizes(), "end": exited_at, **kept}
+        facts: dict[str, Any] = {"exit": code, "reason": reason, "sizes": execution.sizes(), "end": exited_at, **kept}
         if execution.first_byte_at_ms():
             facts["first"] = execution.first_byte_at_ms()
+        if execution.notes:
+            facts["notes"] = execution.notes
         try:
             self._journal.write(execution.id, facts)
         except OSError as error:
@@ -450,6 +471,7 @@ class Executions:
             execution.stdin = None
         for stream in execution.streams:
             stream.seal()
+        self.shells.left(execution)
         if not execution.open_pipes():
             self._settled(execution)
         waiters, execution.exit_waiters = execution.exit_waiters, []
@@ -501,9 +523,10 @@ class Executions:
         order of the intents, so the first `orphans` of the intents without a command are lost, and the others provably
         never ran. Without proof (nobody was there to count) all of them are lost.
         """
-        unanswered = []
+        unanswered, new = [], []
+        self.shells.recover(parked)
         for name, facts in list(self._journal.facts.items()):
-            if not name:
+            if not name or name.startswith(KEY):
                 continue
             execution = self._new(name, int(facts.get("fence", 0)), facts.get("cap"))
             execution.first_ms = int(facts.get("first", 0))
@@ -518,21 +541,26 @@ class Executions:
             left = parked.pop(name, None)
             if "exit" in facts:
                 self._recover_exited(execution, facts, left)
+            elif left is not None and "shell" in facts:
+                self.shells.recover_running(execution, facts, left)
             elif left is not None:
                 self._recover_running(execution, facts, left, exits)
             elif "pid" in facts:
-                _kill_if_same(int(facts["pid"]), int(facts.get("start", 0)))
-                self._lost(execution, "its keeper and the zygote that held its pipes died")
+                procs.kill_if_same(int(facts["pid"]), int(facts.get("start", 0)))
+                self.lost(execution, "its keeper and the zygote that held its pipes died")
+            elif proof and self.shells.provably_new(facts):
+                new.append(execution)
             else:
                 unanswered.append(execution)
         for execution in unanswered[: orphans if proof else None]:
-            self._lost(execution, "its keeper died while it was being started")
-        for execution in unanswered[orphans:] if proof else []:
-            self._never_ran(execution, "lost", "never started")
+            self.lost(execution, "its keeper died while it was being started")
+        for execution in [*new, *unanswered[orphans:]] if proof else []:
+            self.never_ran(execution, "lost", "never started")
         for left in parked.values():  # no line of the journal speaks of it
             if "pidfd" in left.descriptors:
-                _kill(left.descriptors["pidfd"])
+                procs.kill(left.descriptors["pidfd"])
             packets.close_all(left.descriptors.values())
+        self.shells.resume(exits)
 
     def _recover_index(self, execution: Execution, facts: dict[str, Any]) -> None:
         assert execution.index is not None
@@ -547,7 +575,7 @@ class Executions:
     def _recover_exited(self, execution: Execution, facts: dict[str, Any], left: Any) -> None:
         execution.state, execution.exit, execution.reason = "exited", facts["exit"], facts.get("reason")
         execution.exited_at_ms, execution.acked = facts.get("end"), int(facts.get("ack", 0))
-        execution.pid = int(facts.get("pid", 0))
+        execution.pid, execution.notes = int(facts.get("pid", 0)), list(facts.get("notes", []))
         if left is None:
             execution.settled = True
             self._active -= 1
@@ -564,26 +592,6 @@ class Executions:
         execution.pid, execution.pidfd = left.pid, left.descriptors.pop("pidfd")
         if "pid" not in facts:
             self._write(execution, {"pid": left.pid, "start": procs.start_time(left.pid) or 0})
-        self._run(execution, left.descriptors)
+        self.run(execution, left.descriptors)
         if left.pid in exits:
             self.ended(execution, exits[left.pid])
-
-
-def _kill_if_same(pid: int, start: int) -> None:
-    """Kill a command that nobody can follow any more, if its pid is still it."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except OSError:
-        return
-    try:
-        if start and procs.start_time(pid) == start:
-            _kill(pidfd)
-    finally:
-        os.close(pidfd)
-
-
-def _kill(pidfd: int) -> None:
-    try:
-        signals.pidfd_send_signal(pidfd, signals.SIGKILL)
-    except OSError:
-        pass

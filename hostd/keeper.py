@@ -239,6 +239,8 @@ class Keeper:
             execution = self.executions.by_pid.get(message["exited"])
             if execution is not None:
                 self.executions.ended(execution, int(message["status"]))
+            else:
+                self.executions.shells.exited(int(message["exited"]), int(message["status"]))
 
     def _meet_zygote(self, descriptor: int) -> None:
         if self._zygote is not None:

@@ -266,6 +266,27 @@ def exit_of(pidfd: int) -> int | None:
     return struct.unpack_from("=i", cell, 60)[0] if mask & PIDFD_INFO_EXIT else None
 
 
+def kill_if_same(pid: int, start: int) -> None:
+    """Kill a process that nobody can follow any more, if its pid is still it."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        if start and start_time(pid) == start:
+            kill(pidfd)
+    finally:
+        os.close(pidfd)
+
+
+def kill(pidfd: int) -> None:
+    """Kill a process, whether or not it is there."""
+    try:
+        signals.pidfd_send_signal(pidfd, signals.SIGKILL)
+    except OSError:
+        pass
+
+
 def raise_descriptor_limit() -> None:
     """Allow ourselves as many descriptors as we may have; `command_limits` takes it back for what is started."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

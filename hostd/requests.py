@@ -35,6 +35,11 @@ PATH64_BYTES = 5600
 OUR_UID = 65533
 """The spawner's uid: nothing else runs as it."""
 
+SHELL_NAME = 128
+"""Characters in the name of a shell."""
+SHELL = ["/bin/bash", "--login", "/proc/self/fd/9"]
+"""A named shell: it reads what to do from a pipe (see shells.py)."""
+
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 JOIN_PIECES = 'IFS=; set -- "$*"; unset IFS; eval "shift;$1"'
 """Puts a command together again that is longer than one string of argv may be. Only `${IFS@Q}` tells the difference."""
@@ -158,18 +163,22 @@ def signal_number(request: dict[str, Any]) -> int:
 
 
 class Command:
-    """A checked spawn request. `message` is what the spawner is told; `input` goes into a memfd as stdin."""
+    """A checked spawn request. `message` is what the spawner is told; `input` goes into a memfd as stdin.
 
-    __slots__ = ("input", "message")
+    `shell` is the name of the shell that shall run it, None for a process of its own; `text` is then what it shall run.
+    """
 
-    def __init__(self, message: dict[str, Any], given: bytes | None) -> None:
+    __slots__ = ("input", "message", "shell", "text")
+
+    def __init__(self, message: dict[str, Any], given: bytes | None, shell: str | None, text: str) -> None:
         self.message = message
         self.input = given
+        self.shell, self.text = shell, text
 
 
 def command(body: dict[str, Any]) -> Command:
     """Check the body of a spawn; raise Refused (bad_request, too_large)."""
-    known = {"command", "argv", "env", "cwd", "user", "stdin", "input", "limits", "login"}
+    known = {"command", "argv", "env", "cwd", "user", "stdin", "input", "limits", "login", "shell"}
     for name in body:
         if name not in known:
             raise bad(f"unknown field {name!r}")
@@ -185,15 +194,30 @@ def command(body: dict[str, Any]) -> Command:
             raise bad("input and stdin=pipe exclude each other")
         stdin = "given"
     cwd = body.get("cwd")
+    shell = _shell(body)
+    if shell is not None and given is not None:
+        raise bad("input is not for a command in a shell; use stdin=pipe")
     message = {
-        "argv": _argv(body),
+        "argv": SHELL if shell is not None else _argv(body),
         "env": _environment(body, who["name"], home),
         "cwd": home if cwd is None else _absolute(cwd, "cwd"),
-        "cwd_required": cwd is not None,
+        "cwd_required": cwd is not None and shell is None,
         **who,
         "stdin": stdin,
     }
-    return Command(message, given)
+    return Command(message, given, shell, body["command"] if shell is not None else "")
+
+
+def _shell(body: dict[str, Any]) -> str | None:
+    if body.get("shell") is None:
+        return None
+    name = text(body, "shell", 4 * SHELL_NAME)
+    if not 1 <= len(name) <= SHELL_NAME or not name.isprintable():
+        raise bad(f"shell must be a name of 1 to {SHELL_NAME} printable characters")
+    if "argv" in body or not flag(body, "login", True):
+        raise bad("a shell takes a command, and is a login shell")
+    text(body, "command", COMMAND_BYTES)
+    return name
 
 
 def user(body: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -30,7 +30,7 @@ import sys
 import termios
 import time
 
-from hostd import files, packets, procs
+from hostd import files, packets, procs, shell_files
 from hostd.procs import signals
 from hostd.requests import OUR_UID
 
@@ -43,6 +43,8 @@ NAME = "boxd"
 SOCKET = 3
 TIOCSPTLCK = 0x40045431
 TIOCGPTPEER = 0x5441
+STATUS, PROGRAM = 8, 9
+"""The descriptors of a named shell: where it tells how a command ended, and where it reads what to do."""
 KEPT_CAPABILITIES = 1 << 0 | 1 << 6 | 1 << 7  # CAP_CHOWN, CAP_SETGID, CAP_SETUID
 ENTER_TRIES = 50
 """setns gives EPERM now and then while the box's init is still becoming it; a try every 2 ms."""
@@ -154,7 +156,8 @@ def serve(sock: _socket.socket) -> None:
     Request: {"n", argv, env, cwd, cwd_required, name, uid, gid, stdin: none | pipe | given} + the descriptor for
     `given`; a long one is {"long": true} + a memfd of it first. Answer: {"n", "ends": [roles]} + pidfd and the ends of
     the pipes, or {"n", "failed": text}: nothing was started. A child that cannot exec says {"exec_failed": n, "detail"}
-    itself.
+    itself. A command for a named shell has "shell": {directory, text, fresh} as well, and argv is the shell's: it is
+    started only if `fresh`, and then its `program` and `status` are among the ends.
     Request: {"n", "file": task, rest64, name, uid, gid} + the client's connection: see files.py. Answer: a pidfd.
     Request: {"n", "terminal": [cols, rows], argv, env, …}. Answer: a pidfd and the master of a pty.
     """
@@ -170,6 +173,8 @@ def serve(sock: _socket.socket) -> None:
             _start_file(sock, request, descriptors)
         elif "terminal" in request:
             _start_shell(sock, request)
+        elif "shell" in request:
+            _start_in_shell(sock, request)
         else:
             _start(sock, request, descriptors)
 
@@ -223,7 +228,7 @@ def _start_shell(sock: _socket.socket, request: dict[str, Any]) -> None:
         if pid == 0:
             os.setsid()
             fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
-            _become(sock, request, slave, slave, slave)
+            _become(sock, request, {0: slave, 1: slave, 2: slave})
         opened.append(pidfd)
         packets.send(sock, {"n": request["n"], "ends": ["master", "pidfd"]}, [master, pidfd])
     except OSError as error:
@@ -255,10 +260,42 @@ def _start(sock: _socket.socket, request: dict[str, Any], given: list[int]) -> N
             ends.append(end)
         pid, pidfd = procs.clone_sibling_with_pidfd()
         if pid == 0:
-            _become(sock, request, stdin, ends[0], ends[1])
+            _become(sock, request, {0: stdin, 1: ends[0], 2: ends[1]})
         ours.append(pidfd)
         roles.append("pidfd")
         # Our own copies first: the keeper would take them for a background process that holds the pipes.
+        packets.close_all(theirs)
+        theirs = []
+        packets.send(sock, {"n": request["n"], "ends": roles}, ours)
+    except OSError as error:
+        packets.send(sock, {"n": request["n"], "failed": error.strerror or str(error)})
+    finally:
+        packets.close_all(theirs)
+        packets.close_all(ours)
+
+
+def _start_in_shell(sock: _socket.socket, request: dict[str, Any]) -> None:
+    """Lay a command out for a named shell, and start the shell if there is none."""
+    theirs: list[int] = []
+    ours: list[int] = []
+    user, shell = (request["uid"], request["gid"]), request["shell"]
+    try:
+        laid = shell_files.lay_out(shell["directory"], shell["text"], user, stdin=request["stdin"] == "pipe")
+        ours = [descriptor for _, descriptor in laid]
+        roles = [role for role, _ in laid]
+        if shell["fresh"]:
+            program, _ = _pipe(user, theirs, ours)
+            status, told = (end.detach() for end in _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET))
+            ours.append(status)
+            theirs.append(told)
+            null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+            theirs.append(null)
+            os.set_blocking(null, True)
+            pid, pidfd = procs.clone_sibling_with_pidfd()
+            if pid == 0:
+                _become(sock, request, {0: null, 1: null, 2: null, STATUS: told, PROGRAM: program})
+            ours.append(pidfd)
+            roles += ["program", "status", "pidfd"]
         packets.close_all(theirs)
         theirs = []
         packets.send(sock, {"n": request["n"], "ends": roles}, ours)
@@ -278,15 +315,16 @@ def _pipe(user: tuple[int, int], readers: list[int], writers: list[int]) -> tupl
     return read, write
 
 
-def _become(sock: _socket.socket, request: dict[str, Any], stdin: int, stdout: int, stderr: int) -> NoReturn:
-    """In the child: become the user's command. Never returns."""
+def _become(sock: _socket.socket, request: dict[str, Any], ends: dict[int, int]) -> NoReturn:
+    """In the child: become the user's command with these `ends`, its number -> ours. Never returns."""
     what, code = request["argv"][0], 126
     try:
         signals.signal(signals.SIGCHLD, signals.SIG_DFL)
         _take_ids(request)
-        os.dup2(stdin, 0)
-        os.dup2(stdout, 1)
-        os.dup2(stderr, 2)
+        # First out of the way of the numbers they are to have.
+        apart = {number: fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, PROGRAM + 1) for number, file in ends.items()}
+        for number, file in apart.items():
+            os.dup2(file, number)
         what = request["cwd"]
         _change_directory(what, request["cwd_required"])
         what = request["argv"][0]

@@ -34,7 +34,7 @@ GIVE_UP_S = 10.0
 BACK_OFF_S = (0.0, 0.005, 0.02, 0.1, 0.5, 1.0)
 KILL_WAIT_S = 0.3
 LONG_BYTES = 120_000
-ROLES = frozenset(("pidfd", "1", "2", "stdin", "master"))
+ROLES = frozenset(("pidfd", "1", "2", "stdin", "hold", "program", "status", "master"))
 
 
 class Order:
@@ -47,6 +47,7 @@ class Order:
         "failed",
         "lost",
         "message",
+        "needs",
         "number",
         "repeatable",
         "since",
@@ -57,9 +58,10 @@ class Order:
         self.message, self.descriptor = message, descriptor
         self.number = 0
         self.repeatable = True  # may be asked again of another spawner when it provably never ran
+        self.needs = frozenset(("pidfd",))  # the roles without which an answer is senseless
         self.since = time.monotonic()
         self.before: Callable[[], None]  # just before it is asked for the first time; may raise Refused
-        self.started: Callable[[int, dict[str, int]], None]
+        self.started: Callable[[int, dict[str, int]], None]  # pidfd, -1 if no process was needed; ends by role
         self.failed: Callable[[str, str], None]  # it provably never ran
         self.lost: Callable[[str], None]
         self.exec_failed: Callable[[str], None]
@@ -219,11 +221,15 @@ class SpawnerLink:
         if len(roles) != len(descriptors) or not ROLES.issuperset(roles) or len(set(roles)) != len(roles):
             raise ValueError(f"{len(descriptors)} descriptors for {roles!r}")
         ends = dict(zip(roles, descriptors, strict=True))
-        pidfd = ends.pop("pidfd")
         order = self._asked[message["n"]]
-        fitting = [procs.is_master(end) if role == "master" else streams.is_pipe(end) for role, end in ends.items()]
-        if procs.pid_of(pidfd) <= 0 or not all(fitting) or ("master" in ends) != ("terminal" in order.message):
-            raise ValueError("not a process and what belongs to it")
+        if not order.needs.issubset(ends) or ("master" in ends) != ("terminal" in order.message):
+            raise ValueError(f"{roles!r} where {sorted(order.needs)} are needed")
+        pidfd = ends.pop("pidfd", -1)
+        if pidfd >= 0 and procs.pid_of(pidfd) <= 0:
+            raise ValueError("not a process")
+        kinds = {"master": procs.is_master, "status": streams.is_socket}
+        if not all(kinds.get(role, streams.is_pipe)(end) for role, end in ends.items()):
+            raise ValueError("not what belongs to a process")
         del self._asked[message["n"]]
         order.close()
         self._recent[message["n"]] = order

@@ -112,6 +112,10 @@ class Stream:
         os.set_blocking(pipe, False)
         self._poller.on(pipe, self._readable)
 
+    def detach(self) -> None:
+        """Give up the pipe of a command that never began."""
+        self._close_pipe()
+
     def recover(self, size: int | None, hole: tuple[int, int] | None) -> None:
         """Take up a stream from its file; `size` is known once it was sealed."""
         self.hole = hole
@@ -355,6 +359,11 @@ class Stream:
 def is_pipe(descriptor: int) -> bool:
     """Is this one end of a pipe? What a spawner hands out is not believed."""
     return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+
+
+def is_socket(descriptor: int) -> bool:
+    """Is this a socket?"""
+    return stat.S_ISSOCK(os.fstat(descriptor).st_mode)
 
 
 class FileRange:
