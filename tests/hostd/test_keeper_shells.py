@@ -262,7 +262,7 @@ def test_a_kill_ends_the_shell_with_its_command(run: Runner, box: Box, group: bo
     box.ask(verb="kill", id=name, fence=1, signal=9, group=group)
     answer = box.wait(name)
     assert (answer["exit"], text(answer)) == (137, "begun\n")
-    assert answer["reason"] == {"kind": "killed", "detail": "signal 9 by request"}
+    assert answer["reason"] == {"kind": "killed", "detail": "signal 9 by request", "signal": 9}
     assert "on request" in answer["notes"][0]
     assert run("kill -0 $(cat /tmp/left) 2>/dev/null; echo $?$x")[1] == ("1\n" if group else "0\n")
     run("pkill sleep")
