@@ -230,13 +230,14 @@ class Shells:
         execution.pid = shell.pid
         self._executions.park_execution(execution, ends)
         shell.hold = ends.pop("hold", -1)
-        self._executions.run(execution, ends)
         if execution.pending_kill is not None:  # before it has begun: the shell need not die for it
             execution.killed = execution.pending_kill[0]
-            self._unopened(execution)
+            packets.close_all(ends.values())
+            self._executions.run(execution, {})
             self._executions.ended(execution, execution.killed)
             return
         self._hand_over(shell, execution, command)
+        self._executions.run(execution, ends)  # it is told that it runs: that must be true whoever dies now
 
     def _hand_over(self, shell: Shell, execution: Execution, command: requests.Command) -> None:
         stdin = command.message["stdin"] == "pipe"

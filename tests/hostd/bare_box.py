@@ -230,7 +230,11 @@ class Box:
             packets.close_all(mine)
 
     def connect(self) -> socket.socket:
-        return keeper_spec.connect_keeper(self.host.config.run, self.slot, self.pid)
+        """Connect, and wait for the greeting: a connection that nobody has accepted yet outlives the keeper."""
+        link = keeper_spec.connect_keeper(self.host.config.run, self.slot, self.pid)
+        ready, _, _ = select.select([link], [], [], 20)
+        assert ready, "the keeper does not greet"
+        return link
 
     def restart(self) -> None:
         """What hostd does when the link has ended."""
@@ -312,11 +316,14 @@ class Box:
             return b""
 
     def spawner(self) -> int:
-        """Return the host pid of the spawner."""
-        for pid in self.bare.pids():
-            with open(f"/proc/{pid}/comm") as file:
-                if file.read() == "boxd\n":
-                    return pid
+        """Return the host pid of the spawner; wait for the next one if there is none just now."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            for pid in self.bare.pids():
+                with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as file:
+                    if file.read() == "boxd\n":
+                        return pid
+            time.sleep(0.002)
         raise AssertionError("no spawner")
 
     def close(self) -> None:
