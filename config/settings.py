@@ -63,6 +63,7 @@ class Berth:
     # Caps of an account that has none of its own
     CAP_RUNNING_DEVBOXES: int = env.whole("BERTH_CAP_RUNNING_DEVBOXES", 100)
     CAP_EXECUTIONS: int = env.whole("BERTH_CAP_EXECUTIONS", 1000)
+    CAP_SHELLS: int = env.whole("BERTH_CAP_SHELLS", 64)
     CAP_STREAMS: int = env.whole("BERTH_CAP_STREAMS", 1000)
 
     # The web tier, per process

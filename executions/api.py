@@ -101,8 +101,6 @@ def _in(seconds: float) -> float:
 
 
 def _refuse_later(given: dict[str, Any], *, stdin: bool) -> None:
-    if given.get("shell_name") is not None:
-        raise BadRequest("shell_name: persistent shells are not available")
     if given.get("attach_stdin") and not stdin:
         raise BadRequest("attach_stdin: not available here; use execute_async for a command that reads input")
 
@@ -116,6 +114,7 @@ async def execute(request: Request) -> Response:
         operation="execute",
         command=given["command"],
         command_id=given["command_id"],
+        shell_name=given.get("shell_name"),
         request_id=request.request_id,
     )
     seconds = min(given.get("optimistic_timeout", HOLD_MAX_SECONDS), HOLD_MAX_SECONDS)
@@ -130,6 +129,7 @@ async def execute_async(request: Request) -> Response:
     new = services.NewExecution(
         operation="execute_async",
         command=given["command"],
+        shell_name=given.get("shell_name"),
         request_id=request.request_id,
         attach_stdin=given.get("attach_stdin", False),
     )
@@ -143,7 +143,12 @@ async def execute_sync(request: Request) -> Response:
     the command goes on, and the same x-request-id comes back to it)."""
     given = _parsed(CreateExecutionParameters, await request.json(BODY_MAX))
     _refuse_later(given, stdin=False)
-    new = services.NewExecution(operation="execute_sync", command=given["command"], request_id=request.request_id)
+    new = services.NewExecution(
+        operation="execute_sync",
+        command=given["command"],
+        shell_name=given.get("shell_name"),
+        request_id=request.request_id,
+    )
     read, view = await _run(request, new, SYNC_MAX_SECONDS)
     if not view.completed:
         # The time is up, or this server is being stopped. Asked again with its x-request-id it is the same command.

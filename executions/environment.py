@@ -20,9 +20,10 @@ def spawn_body(
     devbox_id: str,
     variables: Mapping[str, str],
     attach_stdin: bool,
+    shell_name: str | None = None,
 ) -> SpawnBody:
-    """A command run by a login bash as the devbox's user, from its home."""
-    return {
+    """A command run by a login bash as the devbox's user, from its home, or by the named shell, from where that is."""
+    body: SpawnBody = {
         "command": command,
         "env": command_environment(user_name=user_name, user_home=user_home, devbox_id=devbox_id, variables=variables),
         "cwd": user_home,
@@ -30,3 +31,6 @@ def spawn_body(
         "stdin": "pipe" if attach_stdin else "none",
         "login": True,
     }
+    if shell_name is not None:
+        body["shell"] = shell_name
+    return body

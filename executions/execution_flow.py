@@ -1,5 +1,7 @@
 """The life of a command, step by step.
 
+    await_turn -> spawn                        in a named shell: every command before it in the line has to end first
+
     spawn ----> await_exit ----> done          the usual way; the end is mostly written by `services.finish_executions`,
       |             |  |                       which hears of it from the watcher and beats the step to it
       |             |  +-------> store -> forget -> done    outputs too large for the row are copied from the host to
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -24,6 +26,7 @@ from django.conf import settings
 
 from devboxes import selectors as devboxes
 from devboxes.models import Devbox
+from executions import shells
 from executions.copying import Copy, Source, copy_some
 from executions.endings import stopped_reason
 from executions.environment import spawn_body
@@ -33,7 +36,7 @@ from flows.engine import Flow, Row, holder
 from flows.outcomes import DatabaseNow, Done, Next, Outcome, Superseded, Wait
 from hostd.messages import CAP_MAX, CAP_MIN, RETRYABLE, StateReply
 from hosts.client import HostRefused, StaleFence, client_for, index_records, outputs
-from hosts.delivery import told
+from hosts.delivery import notes, told
 
 SPAWN_HOLD_MS: Final = 25
 """How long the host may keep the answer to spawn back for a command that ends at once: its exit then comes with it."""
@@ -49,6 +52,12 @@ STORE_WITHIN_SECONDS: Final = 86_400.0
 FORGET_WITHIN_SECONDS: Final = 3600.0
 """How long a host is asked to delete an output that is stored; it keeps within a budget of its own besides."""
 
+START_WITHIN_SECONDS: Final = 900
+"""A command that no host could be asked to start for this long is given up. Waiting for its turn does not count."""
+TURN_AGAIN_SECONDS: Final = 15.0
+"""How often one in the line of a shell looks whether it is its turn, in case who ended the one before it died before
+he could wake it."""
+
 SIGKILL: Final = 9
 
 _NO_OUTPUT: Final[Mapping[str, object]] = {"kept": Kept.ROW, "stdout": b"", "stderr": b""}
@@ -63,6 +72,8 @@ class ExecutionRow(Row):
     host_id: str
     command: str
     attach_stdin: bool
+    shell_name: str | None
+    shell_place: int | None
     user_name: str
     user_uid: int
     user_home: str
@@ -98,6 +109,8 @@ class ExecutionFlow(Flow[ExecutionRow]):
 
     def __init__(self) -> None:
         self.steps: Mapping[str, Callable[[ExecutionRow], Outcome]] = {
+            "await_turn": self.await_turn,
+            "withdraw": self.withdraw,
             "spawn": self.spawn,
             "await_exit": self.await_exit,
             "kill": self.kill,
@@ -107,6 +120,8 @@ class ExecutionFlow(Flow[ExecutionRow]):
 
     def divert(self, row: ExecutionRow) -> str | None:
         """A stop that is wanted comes before everything but storing what there is."""
+        if row.stop_why is not None and row.step == "await_turn":
+            return "withdraw"
         return "kill" if row.stop_why is not None and row.step in ("spawn", "await_exit") else None
 
     def expired(self, row: ExecutionRow) -> Outcome | None:
@@ -152,7 +167,25 @@ class ExecutionFlow(Flow[ExecutionRow]):
             return None
         return self._lost("its devbox was gone", _NO_OUTPUT if row.step == "spawn" else {})
 
+    def settle(self, row: ExecutionRow, outcome: Outcome) -> None:
+        """Besides, the end of a command in a shell is the turn of the next one."""
+        super().settle(row, outcome)
+        if row.shell_name is not None and outcome.learnt.get("status") == Status.COMPLETED:
+            self.wake(*shells.next_in([(row.devbox_id, row.shell_name)]))
+
     # The steps.
+
+    def await_turn(self, row: ExecutionRow) -> Outcome:
+        """Sleep until every command before it in its shell has ended; the last one's end wakes it."""
+        assert row.shell_name is not None and row.shell_place is not None
+        if not shells.ahead(row.devbox_id, row.shell_name, row.shell_place):
+            return Next("spawn", {"deadline_at": DatabaseNow(START_WITHIN_SECONDS)})
+        pause = TURN_AGAIN_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311
+        return Wait(pause, {}, step="await_turn")
+
+    def withdraw(self, row: ExecutionRow) -> Outcome:
+        """Stopped before its turn: no host has ever heard of it."""
+        return self._ended(row, 128 + SIGKILL, {"kind": "killed_before_start"}, _NO_OUTPUT)
 
     def spawn(self, row: ExecutionRow) -> Outcome:
         """Start it. A spawn of an id that the box knows answers with its state and starts nothing."""
@@ -164,6 +197,7 @@ class ExecutionFlow(Flow[ExecutionRow]):
             devbox_id=row.devbox_id,
             variables=devboxes.environment(row.devbox_id),
             attach_stdin=row.attach_stdin,
+            shell_name=row.shell_name,
         )
         reply = client_for(row.host_id).spawn(
             box=row.devbox_id,
@@ -255,7 +289,8 @@ class ExecutionFlow(Flow[ExecutionRow]):
         if found is not None:
             learnt |= {"kept": Kept.ROW, "stdout": found[0], "stderr": found[1], "stored_at": DatabaseNow()}
             learnt["output_index"] = index_records(reply)
-        return self._ended(row, reply.get("exit", -1), told(reply.get("reason")), learnt)
+        said = notes(reply.get("notes"))
+        return self._ended(row, reply.get("exit", -1), told(reply.get("reason")), learnt, said)
 
     def _ended(
         self,
@@ -263,7 +298,9 @@ class ExecutionFlow(Flow[ExecutionRow]):
         exit_status: int,
         reason: Mapping[str, object] | None,
         learnt: Mapping[str, object] | None = None,
+        said: Sequence[str] = (),
     ) -> Outcome:
+        also = _noting(row, said) if said else None
         columns: dict[str, object] = {
             "status": Status.COMPLETED,
             "exit_status": exit_status,
@@ -276,10 +313,11 @@ class ExecutionFlow(Flow[ExecutionRow]):
                 return Next(
                     "store",
                     {**columns, "completed_at": DatabaseNow(), "deadline_at": DatabaseNow(STORE_WITHIN_SECONDS)},
+                    also,
                 )
             # Nothing was written, or nothing was ever started.
             columns |= _NO_OUTPUT
-        return Done(columns)
+        return Done(columns, also)
 
     def _forgotten(self, row: ExecutionRow) -> Outcome:
         return Done({"deadline_at": None, "completed_at": row.completed_at})
@@ -298,6 +336,14 @@ class ExecutionFlow(Flow[ExecutionRow]):
                 **(learnt or {}),
             }
         )
+
+
+def _noting(row: ExecutionRow, said: Sequence[str]) -> Callable[[Any], bool]:
+    def write(cursor: Any) -> bool:
+        shells.write_notes(cursor, row.devbox_id, row.id, row.shell_name or "", said)
+        return True
+
+    return write
 
 
 def _index(row: ExecutionRow) -> bytes | None:

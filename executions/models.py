@@ -35,6 +35,7 @@ class Kept(models.TextChoices):
 class Execution(Durable):
     """One command in a devbox.
 
+    In a named shell: await_turn, and then as any other.
     Steps: spawn -> await_exit -> done, or -> store -> forget -> done when the output is too large for the row. A
     requested stop goes through kill. `completed_at` is set when the command has ended, before its output is stored.
 
@@ -53,6 +54,7 @@ class Execution(Durable):
     request_key = models.TextField(null=True, blank=True, help_text="Operation and x-request-id, for repetitions.")
     command = models.TextField()
     shell_name = models.TextField(null=True, blank=True)
+    shell_place = models.BigIntegerField(null=True, blank=True, help_text="Its place in the line of its shell.")
     attach_stdin = models.BooleanField(db_default=False)
     user_name = models.TextField()
     user_uid = models.PositiveBigIntegerField()
@@ -97,6 +99,12 @@ class Execution(Durable):
             ),
             # The list of a devbox, newest first: ids sort by creation.
             models.Index(fields=["devbox", "id"], name="executions_list"),
+            # Whose turn it is.
+            models.Index(
+                fields=["devbox", "shell_name", "shell_place"],
+                condition=Q(completed_at__isnull=True, shell_name__isnull=False),
+                name="executions_line",
+            ),
             models.Index(
                 fields=["devbox", "shell_name", "id"], condition=Q(shell_name__isnull=False), name="executions_shell"
             ),
@@ -117,3 +125,17 @@ class Execution(Durable):
 
     def __str__(self) -> str:
         return f"{self.id}: {self.command[:60]}"
+
+
+class ShellLine(models.Model):
+    """The line before a named shell of a devbox: the last place that was given out in it."""
+
+    devbox = models.ForeignKey("devboxes.Devbox", on_delete=models.CASCADE, db_index=False, related_name="shell_lines")
+    name = models.TextField()
+    last_place = models.BigIntegerField()
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["devbox", "name"], name="executions_shellline_once")]
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.devbox_id}"

@@ -19,6 +19,10 @@ from api.validation import FlagField, SecondsField, StrictSerializer, TextField
 from api.views import AsyncElsewhere
 
 STATUSES = ("queued", "running", "completed")
+SHELL_NAME_HELP = (
+    "A persistent shell, made when first used: directory, environment, functions and options survive. It runs one "
+    "command at a time, later ones are queued. 1 to 128 printable characters."
+)
 SIGNALS = ("EOF", "INTERRUPT")
 
 
@@ -26,7 +30,7 @@ class CreateExecutionParameters(StrictSerializer):
     """A command."""
 
     command = TextField(help_text="Run by a login bash as the devbox's user, from its home.")
-    shell_name = TextField(required=False, allow_null=True, help_text="Not available.")
+    shell_name = TextField(required=False, allow_null=True, help_text=SHELL_NAME_HELP)
     attach_stdin = FlagField(
         required=False, allow_null=True, help_text="Whether send_std_in will be used; for execute_async only."
     )
@@ -40,7 +44,7 @@ class StartExecutionParameters(StrictSerializer):
         help_text="A UUIDv7. The same id again, with the same command, answers with the same execution.",
     )
     command = TextField(help_text="Run by a login bash as the devbox's user, from its home.")
-    shell_name = TextField(required=False, allow_null=True, help_text="Not available.")
+    shell_name = TextField(required=False, allow_null=True, help_text=SHELL_NAME_HELP)
     optimistic_timeout = SecondsField(
         required=False, allow_null=True, help_text="Seconds to hold for the end, at most and by default 25."
     )

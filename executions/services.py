@@ -25,8 +25,9 @@ from api.ids import new_id
 from devboxes import selectors as devboxes
 from devboxes.devbox_flow import devbox_flow
 from devboxes.services import touch
+from executions import shells
 from executions.endings import ASKED, DEVBOX_ENDING
-from executions.execution_flow import STORE_WITHIN_SECONDS, execution_flow
+from executions.execution_flow import START_WITHIN_SECONDS, STORE_WITHIN_SECONDS, execution_flow
 from executions.models import Kept
 from flows import hints
 from flows.statements import FENCE
@@ -34,8 +35,6 @@ from hosts.registry import ExitEvent, ExpectedExecution
 
 log = logging.getLogger(__name__)
 
-START_WITHIN_SECONDS: Final = 900
-"""A command that no host could be asked to start for this long is given up."""
 COMMAND_ID_MAX: Final = 128
 REQUEST_ID_MAX: Final = 255
 CAP_MARGIN: Final = 128
@@ -54,10 +53,17 @@ class NewExecution:
     command_id: str | None = None
     request_id: str | None = None
     attach_stdin: bool = False
+    shell_name: str | None = None
 
 
 # One statement checks that the devbox is the caller's and runs, that the cap leaves room, and makes the row. It is
 # the whole cost of a command in the request that brings it.
+_MAY: Final = """
+       d.id = %(devbox)s AND d.account_id = %(account)s AND d.status = 'running'
+   AND (SELECT count(*) FROM executions_execution e WHERE e.account_id = %(account)s AND e.completed_at IS NULL)
+       < coalesce((SELECT a.max_executions_at_once FROM accounts_account a WHERE a.id = %(account)s), %(cap)s::int)
+         - %(margin)s::int
+"""
 _CREATE: Final = f"""
 INSERT INTO executions_execution
        (id, devbox_id, account_id, host_id, user_name, user_uid, user_home,
@@ -66,16 +72,35 @@ SELECT %(id)s, d.id, d.account_id, d.host_id, d.user_name, d.user_uid, d.user_ho
        %(command)s, %(command_id)s, %(request_key)s, %(attach_stdin)s::boolean, 'spawn',
        now() + interval '{START_WITHIN_SECONDS} s'
   FROM devboxes_devbox d
- WHERE d.id = %(devbox)s AND d.account_id = %(account)s AND d.status = 'running'
-   AND (SELECT count(*) FROM executions_execution e WHERE e.account_id = %(account)s AND e.completed_at IS NULL)
-       < coalesce((SELECT a.max_executions_at_once FROM accounts_account a WHERE a.id = %(account)s), %(cap)s::int)
-         - %(margin)s::int
+ WHERE {_MAY}
+ON CONFLICT DO NOTHING
+RETURNING id
+"""
+# In a shell: the row of its line is taken first, so places are in the order of the commits. The clock of its start
+# begins to run when it is its turn.
+_CREATE_IN_SHELL: Final = f"""
+WITH may AS (
+SELECT d.id, d.account_id, d.host_id, d.user_name, d.user_uid, d.user_home FROM devboxes_devbox d
+ WHERE {_MAY}
+   AND (SELECT count(*) < %(shells)s::int OR count(*) FILTER (WHERE s.name = %(shell)s) > 0
+          FROM executions_shellline s WHERE s.devbox_id = d.id)
+), line AS (
+INSERT INTO executions_shellline (devbox_id, name, last_place) SELECT may.id, %(shell)s, 1 FROM may
+ON CONFLICT (devbox_id, name) DO UPDATE SET last_place = executions_shellline.last_place + 1
+RETURNING last_place
+)
+INSERT INTO executions_execution
+       (id, devbox_id, account_id, host_id, user_name, user_uid, user_home,
+        command, command_id, request_key, attach_stdin, shell_name, shell_place, step)
+SELECT %(id)s, may.id, may.account_id, may.host_id, may.user_name, may.user_uid, may.user_home,
+       %(command)s, %(command_id)s, %(request_key)s, %(attach_stdin)s::boolean, %(shell)s, line.last_place, 'await_turn'
+  FROM may, line
 ON CONFLICT DO NOTHING
 RETURNING id
 """
 
 _EARLIER: Final = """
-SELECT id, command, command_id, request_key, attach_stdin
+SELECT id, command, command_id, request_key, attach_stdin, shell_name
   FROM executions_execution
  WHERE devbox_id = %s AND account_id = %s AND (command_id = %s OR request_key = %s OR id = %s)
  LIMIT 3
@@ -102,7 +127,10 @@ def create_execution(caller: Caller, devbox_id: str, new: NewExecution) -> str:
         "cap": settings.BERTH.CAP_EXECUTIONS,
         "margin": CAP_MARGIN,
     }
-    if _fetch_one(_CREATE, columns) is not None:
+    create = _CREATE
+    if new.shell_name is not None:
+        create, columns = _CREATE_IN_SHELL, columns | {"shell": new.shell_name, "shells": settings.BERTH.CAP_SHELLS}
+    if _fetch_one(create, columns) is not None:
         return _made(execution_id, devbox_id)
     # 1. The same request again, or the same command id: it is the same execution, whatever the devbox does by now.
     #    (The id itself is found when the statement ran twice, over a connection that broke after the first time.)
@@ -114,10 +142,12 @@ def create_execution(caller: Caller, devbox_id: str, new: NewExecution) -> str:
     context = devboxes.execution_context(caller, devbox_id)
     if context.status != "running":
         raise BadRequest(f"devbox {devbox_id} is {context.status}; commands run only while it is running")
+    if new.shell_name is not None:
+        shells.check_room(devbox_id, new.shell_name)
     # 3. The cap is near: counted and made with no other creation of the account in between, it is exact.
     with transaction.atomic(), connection.cursor() as cursor:
         cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"executions:{caller.account_id}"])
-        made = _fetch_one(_CREATE, columns | {"margin": 0}) is not None
+        made = _fetch_one(create, columns | {"margin": 0}) is not None
     if made:
         return _made(execution_id, devbox_id)
     found = prepared.fetch_all(_EARLIER, (devbox_id, caller.account_id, *keys))
@@ -140,16 +170,18 @@ def _check(new: NewExecution) -> None:
         raise BadRequest(f"command: longer than the {settings.BERTH.COMMAND_MAX} bytes a command may have")
     if new.command_id is not None and not 0 < len(new.command_id) <= COMMAND_ID_MAX:
         raise BadRequest(f"command_id: must be 1 to {COMMAND_ID_MAX} characters")
+    if new.shell_name is not None:
+        shells.check_name(new.shell_name)
     if new.request_id is not None and not 0 < len(new.request_id) <= REQUEST_ID_MAX:
         raise BadRequest(f"x-request-id must be 1 to {REQUEST_ID_MAX} characters")
 
 
 def _attach(found: Sequence[tuple[Any, ...]], new: NewExecution, request_key: str | None) -> str:
-    for execution_id, command, command_id, key, attach_stdin in found:
-        same = command == new.command and attach_stdin == new.attach_stdin
+    for execution_id, command, command_id, key, *rest in found:
+        same = command == new.command and rest == [new.attach_stdin, new.shell_name]
         if new.command_id is not None and command_id == new.command_id:
             if not same:
-                raise BadRequest("command_id: this id was used for another command; use a new one")
+                raise BadRequest("command_id: this id was used for another command or shell; use a new one")
             return str(execution_id)
         if request_key is not None and key == request_key:
             if not same or command_id != new.command_id:
@@ -194,7 +226,7 @@ UPDATE executions_execution e
        AS x(id, box, host, code, reason, out_size, err_size, out_dropped, err_dropped, stdout, stderr, kept, started,
             exited, output_index, first_byte)
  WHERE e.id = x.id AND e.devbox_id = x.box AND e.host_id = x.host AND e.completed_at IS NULL
-RETURNING e.id, e.devbox_id, e.step, e.stop_why
+RETURNING e.id, e.devbox_id, e.step, e.stop_why, e.shell_name
 """
 _NOT_THEIRS: Final = """
 SELECT e.id, e.devbox_id, e.host_id, x.box, x.host
@@ -214,8 +246,8 @@ def finish_executions(events: Sequence[ExitEvent]) -> list[str]:
         return []
     latest = {event.id: event for event in events}
     batch = [latest[execution_id] for execution_id in sorted(latest)]  # the same order for all: no deadlocks
-    finished = _fetch_all(
-        _FINISH,
+    finished = _finish(
+        batch,
         (
             [event.id for event in batch],
             [event.box for event in batch],
@@ -239,13 +271,28 @@ def finish_executions(events: Sequence[ExitEvent]) -> list[str]:
         ended = {row[0] for row in finished}
         _note_false_reports({event.id: event for event in batch if event.id not in ended})
     hints.publish(*[row[0] for row in finished])
-    for execution_id, _, step, _ in finished:
+    for execution_id, _, step, *_ in finished:
         if step == "store":
             execution_flow.nudge(execution_id)
-    devboxes_ending = {devbox_id for _, devbox_id, _, stop_why in finished if stop_why == DEVBOX_ENDING}
+    devboxes_ending = {devbox_id for _, devbox_id, _, stop_why, _ in finished if stop_why == DEVBOX_ENDING}
     if devboxes_ending:
         devbox_flow.wake(*devboxes_ending)
+    lines = [(devbox_id, shell) for _, devbox_id, _, _, shell in finished if shell is not None]
+    if lines:
+        execution_flow.wake(*shells.next_in(lines))
     return list(latest)
+
+
+def _finish(batch: Sequence[ExitEvent], columns: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    notes = shells.noted(batch)
+    if not notes:
+        return _fetch_all(_FINISH, columns)
+    with transaction.atomic(), connection.cursor() as cursor:
+        finished = _fetch_all(_FINISH, columns)
+        for execution_id, devbox_id, _, _, shell in finished:
+            if execution_id in notes and shell is not None:
+                shells.write_notes(cursor, devbox_id, execution_id, shell, notes[execution_id])
+    return finished
 
 
 def _note_false_reports(events: Mapping[str, ExitEvent]) -> None:

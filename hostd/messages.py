@@ -228,6 +228,7 @@ class SpawnBody(TypedDict):
     stdin: Literal["none", "pipe"]
     input: NotRequired[str]  # base64; fed to stdin, then closed
     login: NotRequired[bool]
+    shell: NotRequired[str]  # the name of the shell that runs it; it takes one command at a time, else `busy`
     limits: NotRequired[dict[str, int]]
 
 
@@ -240,6 +241,7 @@ class StateReply(TypedDict):
     started_at_ms: NotRequired[int]
     first_byte_at_ms: NotRequired[int]
     pid: NotRequired[int]
+    notes: NotRequired[list[str]]  # what happened to its shell
     exit: NotRequired[int]
     reason: NotRequired[Reason | None]
     dropped: NotRequired[list[int]]
@@ -314,6 +316,7 @@ class ExitEvent(TypedDict):
     started_at_ms: int
     first_byte_at_ms: NotRequired[int]  # of output; absent when there was none
     exited_at_ms: int
+    notes: NotRequired[list[str]]
     stdout: NotRequired[str]  # base64
     stderr: NotRequired[str]
     index: NotRequired[str]

@@ -24,6 +24,7 @@ E = TypeVar("E")
 
 KIND_MAX: Final = 40
 DETAIL_MAX: Final = 1000
+NOTES_MAX: Final = 8
 MEMORY: Final = ("limit_bytes", "usage_bytes", "peak_bytes")
 
 
@@ -48,6 +49,7 @@ def exit_event(host_id: str, wire: messages.ExitEvent) -> ExitEvent:
         exited_at_ms=wire.get("exited_at_ms"),
         index=index_records(wire) if found else None,
         first_byte_at_ms=wire.get("first_byte_at_ms"),
+        notes=notes(wire.get("notes")),
     )
 
 
@@ -59,6 +61,11 @@ def told(reason: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if reason.get("detail"):
         kept["detail"] = _text(reason["detail"], DETAIL_MAX)
     return kept | _numbers(reason, ("signal", "kills", *MEMORY))
+
+
+def notes(given: object) -> tuple[str, ...]:
+    """What a host says of a command's shell, bounded."""
+    return tuple(_text(note, DETAIL_MAX) for note in given[:NOTES_MAX]) if isinstance(given, list) else ()
 
 
 def _text(value: object, most: int) -> str:

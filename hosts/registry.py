@@ -34,6 +34,8 @@ class ExitEvent:
     """When the outputs came, as `hostd.messages.INDEX_RECORD` describes it; None when nobody can tell."""
     first_byte_at_ms: int | None = None
     """When the first byte of output came; None when there was none, or nobody can tell."""
+    notes: tuple[str, ...] = ()
+    """What the devbox's log should say of the shell it ran in."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ class Execution:
     started_at_ms: int = 0
     exited_at_ms: int | None = None
     acked: bool = False
+    notes: list[str] = dataclasses.field(default_factory=list)
     late: list[bytes] = dataclasses.field(default_factory=lambda: [b"", b""])
     records: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
     """Of its index: time in ms, stream (1 or 2), bytes by then. Without any, all came at its start."""
@@ -177,12 +178,14 @@ class FakeHost:
         stdout: bytes = b"",
         stderr: bytes = b"",
         reason: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         """End a running command with this output; its exit waits for `deliver`."""
         with self.lock:
             box, execution = self._find(id)
             execution.stdout += stdout
             execution.stderr += stderr
+            execution.notes = list(notes)
             self._end(box, execution, exit, reason)
 
     def box_exit(self, box: str, *, exit: int = 137, oom: bool = False) -> None:
@@ -367,6 +370,9 @@ class FakeHost:
         found = self._up(box)
         execution = found.executions.get(id)
         if execution is None:
+            shell = body.get("shell")
+            if shell and any(e.state == "running" and e.body.get("shell") == shell for e in found.executions.values()):
+                raise HostRefused("busy", f"the shell {shell} runs a command already", host_id=self.host_id)
             self._fence(id, fence)
             execution = found.executions[id] = Execution(id, fence, dict(body), started_at_ms=_now_ms(), cap=cap)
             if id in self._buried[box]:
@@ -536,6 +542,8 @@ class FakeHost:
         if execution.state == "running":
             return answer | {"pid": 4242}
         answer |= {"exit": execution.exit, "reason": execution.reason, "exited_at_ms": execution.exited_at_ms}
+        if execution.notes:
+            answer["notes"] = execution.notes
         if any(answer["sizes"]):
             answer["first_byte_at_ms"] = execution.exited_at_ms
         if sum(answer["sizes"]) <= messages.INLINE_MAX:
