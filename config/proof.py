@@ -158,6 +158,16 @@ def prove(url: str, key: str) -> int:
         done = executions.await_completed(begun.execution_id, devbox_id=main)
         expect((done.stdout, done.exit_status), ("heard this\n", 0))
 
+    def named_shell() -> None:
+        # Not every published client has the field.
+        named = {"shell_name": "proof"}
+        expect(
+            devboxes.execute_sync(main, command="cd /usr; said=hello; f() { echo $said; }", extra_body=named).stdout, ""
+        )
+        done = devboxes.execute_sync(main, command="pwd; f; exit 3", extra_body=named)
+        expect((done.stdout, done.exit_status), ("/usr\nhello\n", 3))
+        expect(devboxes.execute_sync(main, command="pwd", extra_body=named).stdout, "/home/user\n")
+
     def account() -> None:
         mine = client.accounts.me()
         other = client.apikeys.create(name="from the proof")
@@ -301,6 +311,7 @@ def prove(url: str, key: str) -> int:
     check("logs", logged)
     check("stream of 2.6 MB", big)
     check("send_std_in", stdin)
+    check("named shell: directory, variables, exit", named_shell)
     check("files: write, read, upload, download", files)
     check("terminal: key, session, resize, close", terminal)
     check("kill", killed)

@@ -330,7 +330,7 @@ def test_commands_handed_over_under_keeper_and_spawner_kills(host: Host) -> None
     assert run("true")[0] == 0
     for i in range(40):
         name = run.id()
-        body = {"command": f"echo {i} >> /tmp/storm; echo {i}", "shell": "storm", "user": USER}
+        body: dict[str, Any] = {"command": f"echo {i} >> /tmp/storm; echo {i}", "shell": "storm", "user": USER}
         with box.open(verb="spawn", id=name, fence=1, raw=json.dumps(body).encode()) as client:
             time.sleep(0.0004 * (i % 12))
             if i % 4 == 3:
