@@ -9,7 +9,7 @@ from django.http import HttpRequest
 from unfold.admin import ModelAdmin
 
 from executions import endings
-from executions.models import Execution
+from executions.models import Execution, ShellLine
 
 
 @admin.register(Execution)
@@ -46,4 +46,27 @@ class ExecutionAdmin(ModelAdmin):  # type: ignore[misc]  # unfold brings no type
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         """Rows go with their devbox."""
+        return False
+
+
+@admin.register(ShellLine)
+class ShellLineAdmin(ModelAdmin):  # type: ignore[misc]  # unfold brings no types
+    """A read-only list of the named shells that were used."""
+
+    list_display = ("name", "devbox", "last_place")
+    list_select_related = ("devbox",)
+    search_fields = ("name", "devbox__id")
+    ordering = ("-id",)
+    show_full_result_count = False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """Places are given out by the statement that makes a command."""
+        return False
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        """A line is made with its first command."""
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """Lines go with their devbox."""
         return False

@@ -183,9 +183,8 @@ class FakeHost:
         """End a running command with this output; its exit waits for `deliver`."""
         with self.lock:
             box, execution = self._find(id)
-            execution.stdout += stdout
-            execution.stderr += stderr
-            execution.notes = list(notes)
+            out, err = execution.stdout + stdout, execution.stderr + stderr
+            execution.stdout, execution.stderr, execution.notes = out, err, list(notes)
             self._end(box, execution, exit, reason)
 
     def box_exit(self, box: str, *, exit: int = 137, oom: bool = False) -> None:
@@ -370,9 +369,6 @@ class FakeHost:
         found = self._up(box)
         execution = found.executions.get(id)
         if execution is None:
-            shell = body.get("shell")
-            if shell and any(e.state == "running" and e.body.get("shell") == shell for e in found.executions.values()):
-                raise HostRefused("busy", f"the shell {shell} runs a command already", host_id=self.host_id)
             self._fence(id, fence)
             execution = found.executions[id] = Execution(id, fence, dict(body), started_at_ms=_now_ms(), cap=cap)
             if id in self._buried[box]:
@@ -542,8 +538,7 @@ class FakeHost:
         if execution.state == "running":
             return answer | {"pid": 4242}
         answer |= {"exit": execution.exit, "reason": execution.reason, "exited_at_ms": execution.exited_at_ms}
-        if execution.notes:
-            answer["notes"] = execution.notes
+        answer |= {"notes": execution.notes} if execution.notes else {}
         if any(answer["sizes"]):
             answer["first_byte_at_ms"] = execution.exited_at_ms
         if sum(answer["sizes"]) <= messages.INLINE_MAX:
