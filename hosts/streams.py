@@ -124,7 +124,7 @@ class AsyncFollowing:
                     if parser.trailer is not None:
                         self.trailer = cast(FollowTrailer, parser.trailer)
                         return
-                    data = await stream.read(ssh.IDLE_WINDOW)
+                    data = await stream.read(ssh.IDLE_WINDOW // 2)  # a slow client holds up to three of these
                     if not data:
                         raise ssh.ConnectionCut("the stream was cut before its end")
         except (ssh.SshError, messages.ProtocolError) as error:

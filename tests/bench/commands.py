@@ -18,6 +18,7 @@ from tests.bench.installation import Target
 from tests.bench.load import Load, apart, per_second
 from tests.bench.noop import REPLIES
 from tests.bench.shares import Meter, Parts, processes, pss_mb
+from tests.bench.ssh import loopback_ssh
 from tests.bench.wire import Unexpected, exchange
 
 
@@ -67,7 +68,7 @@ def short_commands(target: Target) -> Iterator[Figure]:
     and by a loopback `ssh` to the machine itself, each with a connection of its own as a tool would make it."""
     seconds = 3.0 if target.quick else 8.0
     parts = Parts(target.up)
-    with target.boxes(1, cores=2) as (box,):
+    with target.boxes(1, cores=2) as (box,), loopback_ssh(target) as ssh:
         _warm_up(target, box)
         slot = next(name[2:] for name in cgroups.detect().children(target.host.cgroup) if name.startswith("b-"))
         enter = ["nsenter", f"--mount={target.host.run}/mounts/ns"]
@@ -75,7 +76,7 @@ def short_commands(target: Target) -> Iterator[Figure]:
         for connections in (1, 8, 32):
             exec_rate = figure(f"crun_exec_per_s_c{connections}", "1/s", _rates(crun, connections, seconds / 2))
             ssh_rate = figure(
-                f"loopback_ssh_per_s_c{connections}", "1/s", _rates(ssh_argv(target, "true"), connections, seconds / 2)
+                f"loopback_ssh_per_s_c{connections}", "1/s", _rates(ssh("true"), connections, seconds / 2)
             )
             load = Load(
                 base_url=target.base_url,
@@ -99,17 +100,6 @@ def short_commands(target: Target) -> Iterator[Figure]:
 def _warm_up(target: Target, box: str) -> None:
     for _ in range(5):
         target.run(box, "true")
-
-
-def ssh_argv(target: Target, command: str) -> list[str]:
-    """A loopback `ssh` to the installation's own sshd, as root."""
-    folder = target.up.state.path / "sshd"
-    port = next(
-        line.split()[1] for line in (folder / "sshd_config").read_text().splitlines() if line.startswith("Port ")
-    )
-    quiet = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
-    argv = ["ssh", "-F", "none", *quiet, "-o", "BatchMode=yes", "-i", str(folder / "admin")]
-    return [*argv, "-p", port, "root@127.0.0.1", command]
 
 
 def _rates(argv: Sequence[str], at_once: int, seconds: float) -> list[float]:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from websockets.sync.client import ClientConnection, connect
 
-from tests.bench.commands import ssh_argv
 from tests.bench.creating import timed
 from tests.bench.figures import Figure, figure
 from tests.bench.installation import Target
 from tests.bench.shares import Meter, Parts
+from tests.bench.ssh import loopback_ssh
 from tests.bench.wire import Inbox, Unexpected, head
 
 MIB = 1024 * 1024
@@ -67,15 +67,16 @@ def _scp(target: Target, folder: Path, size: int, times: int) -> tuple[list[floa
     with source.open("wb") as file:
         for _ in range(size // MIB):
             file.write(b"x" * MIB)
-    ssh = ssh_argv(target, "")
-    options = ["-P" if one == "-p" else one for one in ssh[1:-2]]
-    there = f"{ssh[-2]}:{copy}"
+    with loopback_ssh(target) as argv_of:
+        ssh = argv_of("")
+        options = ["-P" if one == "-p" else one for one in ssh[1:-2]]
+        there = f"{ssh[-2]}:{copy}"
 
-    def seconds(*paths: str) -> float:
-        return timed(lambda: subprocess.run(["scp", "-q", *options, *paths], check=True, timeout=120)) / 1000
+        def seconds(*paths: str) -> float:
+            return timed(lambda: subprocess.run(["scp", "-q", *options, *paths], check=True, timeout=120)) / 1000
 
-    up = [seconds(str(source), there) for _ in range(times)]
-    return up, [seconds(there, str(source)) for _ in range(times)]
+        up = [seconds(str(source), there) for _ in range(times)]
+        return up, [seconds(there, str(source)) for _ in range(times)]
 
 
 def _upload(target: Target, box: str, size: int) -> float:

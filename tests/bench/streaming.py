@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Generic, Self, TypeVar
 
-from tests.bench.commands import ssh_argv
 from tests.bench.creating import until
 from tests.bench.figures import Figure, figure
 from tests.bench.installation import Target, one_web
 from tests.bench.shares import Meter, Parts, processes, pss_mb
+from tests.bench.ssh import loopback_ssh
 from tests.bench.wire import Event, Events, Server, Unexpected, follow_all
 
 T = TypeVar("T")
@@ -127,8 +127,8 @@ def streams_200(target: Target) -> Iterator[Figure]:
 
 
 def stream_mb_s(target: Target) -> Iterator[Figure]:
-    """Much output of a running command to a raw client that only counts; the baseline is `ssh … cat` of the same
-    through the same sshd. Then the same from where it is kept after its end."""
+    """Much output of a running command to a raw client that only counts; the baseline is as many bytes through a
+    loopback `ssh`. Then the same from where it is kept after its end."""
     size = (64 if target.quick else 192) << 20
     rounds = 2 if target.quick else 5
     parts = Parts(target.up)
@@ -151,7 +151,9 @@ def stream_mb_s(target: Target) -> Iterator[Figure]:
         _await_stored(target, path)
         kept = [_rate(target.server, f"{path}/stream_stdout_updates", size) for _ in range(rounds)]
     shares = {name: round(100 * used / wall, 1) for name, used in sorted(seconds.items(), key=lambda one: -one[1])}
-    yield figure("stream_mb_s", "MB/s", live, statistics.median(_cat(target, size) for _ in range(3))).with_cpu(
+    with loopback_ssh(target) as ssh:
+        beside = statistics.median(_through(ssh(f"head -c {size} /dev/zero"), size) for _ in range(3))
+    yield figure("stream_mb_s", "MB/s", live, beside).with_cpu(
         {name: share for name, share in shares.items() if share >= 0.5}
     )
     yield figure("stream_kept_mb_s", "MB/s", kept)
@@ -174,9 +176,8 @@ def _rate(server: Server, path: str, size: int) -> float:
     return size / 1e6 / (time.perf_counter() - began)
 
 
-def _cat(target: Target, size: int) -> float:
-    """MB a second of as many bytes through a loopback `ssh`."""
-    argv = ssh_argv(target, f"head -c {size} /dev/zero")
+def _through(argv: list[str], size: int) -> float:
+    """MB a second of a command that prints so many bytes."""
     began = time.perf_counter()
     subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=60)
     return size / 1e6 / (time.perf_counter() - began)
