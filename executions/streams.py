@@ -45,7 +45,7 @@ TROUBLE_SECONDS: Final = 20.0
 a pause, so this is also what keeps them from coming in a loop."""
 RETRY_FIRST_SECONDS: Final = 0.25
 RETRY_CAP_SECONDS: Final = 4.0
-PIECE_BYTES: Final = 256 * 1024
+PIECE_BYTES: Final = 512 * 1024
 EVENT_BYTES: Final = 64 * 1024
 
 HEADERS: Final = {

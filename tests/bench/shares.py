@@ -140,6 +140,8 @@ class Meter:
         # The keepers are the parents of every command, and have no other children.
         ended = sum(after[pid].children - self._was(pid).children for pid in parts.get("keepers", ()))
         self.seconds["boxes"] = self.seconds.get("boxes", 0.0) + ended
+        me = os.getpid()  # the clients are our children, and most have ended by now
+        self.seconds[BENCH] = self.seconds.get(BENCH, 0.0) + after[me].children - self._was(me).children
 
     def _was(self, pid: int) -> Process:
         return self._before.get(pid, Process(pid, 0, 0.0, 0.0))
