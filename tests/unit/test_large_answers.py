@@ -13,11 +13,9 @@ from api.callers import Caller
 
 
 @pytest.fixture
-def get(monkeypatch):
+def get():
     async def anybody(headers):
         return Caller(account_id="acc_1")
-
-    monkeypatch.setattr(asynchronous, "authenticate", anybody)
 
     async def handler(request):
         return Response(body=b"x" * (asynchronous.LARGE_ANSWER + 1))
@@ -36,7 +34,7 @@ def get(monkeypatch):
                 await read.wait()
 
         scope = {"type": "http", "method": "GET", "path": "/x", "query_string": b"", "headers": []}
-        await serve(Route("GET", "/x", handler), {}, scope, receive, send)
+        await serve(Route("GET", "/x", handler), {}, scope, receive, send, authenticate=anybody)
         return status[0]
 
     return get
