@@ -271,6 +271,9 @@ def exit_event(message: dict[str, Any]) -> dict[str, Any] | None:
         event[name] = value
     if isinstance(message.get("first_byte_at_ms"), int) and 0 < message["first_byte_at_ms"] < 2**62:
         event["first_byte_at_ms"] = message["first_byte_at_ms"]
+    notes = message.get("notes")
+    if isinstance(notes, list) and len(notes) <= messages.NOTES_MAX and all(isinstance(note, str) for note in notes):
+        event["notes"] = [note[:1000] for note in notes]
     reason = message.get("reason")
     if reason is not None and not (isinstance(reason, dict) and isinstance(reason.get("kind"), str)):
         return None

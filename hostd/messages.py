@@ -303,6 +303,10 @@ class StdinReply(TypedDict):
     accepted: bool
 
 
+NOTES_MAX = 8
+"""What is told of the shell of one command: so many lines."""
+
+
 class ExitEvent(TypedDict):
     """An execution ended. Sent again on every connect until it is acknowledged as ``[box, id]``."""
 

@@ -24,7 +24,6 @@ E = TypeVar("E")
 
 KIND_MAX: Final = 40
 DETAIL_MAX: Final = 1000
-NOTES_MAX: Final = 8
 MEMORY: Final = ("limit_bytes", "usage_bytes", "peak_bytes")
 
 
@@ -65,7 +64,7 @@ def told(reason: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def notes(given: object) -> tuple[str, ...]:
     """What a host says of a command's shell, bounded."""
-    return tuple(_text(note, DETAIL_MAX) for note in given[:NOTES_MAX]) if isinstance(given, list) else ()
+    return tuple(_text(note, DETAIL_MAX) for note in given[: messages.NOTES_MAX]) if isinstance(given, list) else ()
 
 
 def _text(value: object, most: int) -> str:

@@ -139,3 +139,24 @@ def test_ends_of_one_batch_told_by_two_watchers_at_once(account, devbox, fake):
     results = at_once([fake.deliver] * 4)
     assert not [one for one in results if isinstance(one, Exception)], results
     assert Execution.objects.filter(status="completed", exit_status=1).count() == len(ids)
+
+
+def test_places_in_a_line_are_given_out_once_and_only_one_runs(account, devbox, fake):
+    def fill():
+        return [create(account, devbox, shell_name="main") for _ in range(5)]
+
+    found = at_once([fill] * THREADS)
+    assert all(isinstance(one, list) for one in found), found
+    rows = list(Execution.objects.order_by("shell_place").values_list("pk", "shell_place"))
+    assert [place for _, place in rows] == list(range(1, 5 * THREADS + 1))
+    for mine in found:
+        assert [pk for pk, _ in rows if pk in mine] == mine, "in the order in which one caller made them"
+    line = [pk for pk, _ in rows]
+    for _ in range(len(line)):
+        at_once([lambda pk=pk: execution_flow.run(pk) for pk in line[:THREADS]])
+        (running,) = Execution.objects.filter(status="running").values_list("pk", flat=True)
+        assert running == line.pop(0)
+        # The end, and whoever works at the next one meanwhile: it is woken, or sees for itself that it is its turn.
+        fake.finish(running)
+        at_once([fake.deliver, *[lambda pk=pk: execution_flow.run(pk) for pk in line[:2]]])
+    assert [call["id"] for call in fake.called("spawn")] == [pk for pk, _ in rows]

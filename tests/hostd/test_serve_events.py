@@ -8,7 +8,7 @@ import socket
 
 from hostd import events as module
 from hostd import messages
-from hostd.events import Events
+from hostd.events import Events, exit_event
 
 BOX = "dbx_01jd4k3v9w8x7y6z5a4b3c2d1e"
 OTHER = "dbx_01jd4k3v9w8x7y6z5a4b3c2d1f"
@@ -203,3 +203,10 @@ def test_nonsense_disconnects():
             assert not bench.events._watchers
 
     asyncio.run(main())
+
+
+def test_what_a_keeper_tells_of_a_shell_is_passed_on_within_bounds():
+    told = {"id": "exe_1", "exit": 3, "started_at_ms": 1, "exited_at_ms": 2, "sizes": [0, 0], "dropped": [0, 0]}
+    assert exit_event(told | {"notes": ["x" * 2000]})["notes"] == ["x" * 1000]
+    for nonsense in ("text", [1], ["x"] * 9, None):
+        assert "notes" not in exit_event(told | {"notes": nonsense})
