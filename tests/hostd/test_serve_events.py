@@ -206,7 +206,7 @@ def test_nonsense_disconnects():
 
 
 def test_what_a_keeper_tells_of_a_shell_is_passed_on_within_bounds():
-    told = {"id": "exe_1", "exit": 3, "started_at_ms": 1, "exited_at_ms": 2, "sizes": [0, 0], "dropped": [0, 0]}
+    told = {"id": exe(1), "exit": 3, "started_at_ms": 1, "exited_at_ms": 2, "sizes": [0, 0], "dropped": [0, 0]}
     assert exit_event(told | {"notes": ["x" * 2000]})["notes"] == ["x" * 1000]
     for nonsense in ("text", [1], ["x"] * 9, None):
         assert "notes" not in exit_event(told | {"notes": nonsense})
