@@ -55,7 +55,7 @@ FORGET_WITHIN_SECONDS: Final = 3600.0
 START_WITHIN_SECONDS: Final = 900
 """A command that no host could be asked to start for this long is given up. Waiting for its turn does not count."""
 TURN_AGAIN_SECONDS: Final = 15.0
-"""How often one in the line of a shell looks whether it is its turn, in case who ended the one before it died before
+"""How often the next in the line of a shell looks whether it is its turn, in case who ended the one before it died before
 he could wake it."""
 
 SIGKILL: Final = 9
@@ -178,9 +178,11 @@ class ExecutionFlow(Flow[ExecutionRow]):
     def await_turn(self, row: ExecutionRow) -> Outcome:
         """Sleep until every command before it in its shell has ended; the last one's end wakes it."""
         assert row.shell_name is not None and row.shell_place is not None
-        if not shells.ahead(row.devbox_id, row.shell_name, row.shell_place):
+        ahead = shells.ahead(row.devbox_id, row.shell_name, row.shell_place)
+        if ahead == 0:
             return Next("spawn", {"deadline_at": DatabaseNow(START_WITHIN_SECONDS)})
-        pause = TURN_AGAIN_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311
+        pause = TURN_AGAIN_SECONDS if ahead == 1 else LOOK_AGAIN_SECONDS
+        pause *= random.uniform(0.75, 1.25)  # noqa: S311
         return Wait(pause, {}, step="await_turn")
 
     def withdraw(self, row: ExecutionRow) -> Outcome:

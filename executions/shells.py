@@ -23,9 +23,9 @@ from hosts.registry import ExitEvent
 NAME_MAX: Final = 128
 
 _AHEAD: Final = """
-SELECT id FROM executions_execution
- WHERE devbox_id = %s AND shell_name = %s AND shell_place < %s AND completed_at IS NULL
- ORDER BY shell_place DESC LIMIT 1
+SELECT count(*) FROM (
+SELECT 1 FROM executions_execution
+ WHERE devbox_id = %s AND shell_name = %s AND shell_place < %s AND completed_at IS NULL LIMIT 2) AS open
 """
 _NEXT: Final = """
 SELECT id, step FROM executions_execution
@@ -50,9 +50,9 @@ def check_room(devbox_id: str, name: str) -> None:
         raise BadRequest(f"shell_name: this devbox has the {most} named shells it may have; use one of them")
 
 
-def ahead(devbox_id: str, name: str, place: int) -> bool:
-    """Is there a command before this one that has not ended?"""
-    return bool(prepared.fetch_all(_AHEAD, (devbox_id, name, place)))
+def ahead(devbox_id: str, name: str, place: int) -> int:
+    """How many commands before this one have not ended; 2 stands for more."""
+    return int(prepared.fetch_all(_AHEAD, (devbox_id, name, place))[0][0])
 
 
 def next_in(lines: Iterable[tuple[str, str]]) -> list[str]:
