@@ -55,8 +55,8 @@ FORGET_WITHIN_SECONDS: Final = 3600.0
 START_WITHIN_SECONDS: Final = 900
 """A command that no host could be asked to start for this long is given up. Waiting for its turn does not count."""
 TURN_AGAIN_SECONDS: Final = 15.0
-"""How often the next in the line of a shell looks whether it is its turn, in case who ended the one before it died before
-he could wake it."""
+"""How often the next in the line of a shell looks whether it is its turn, in case who ended the one before it died
+before he could wake it."""
 
 SIGKILL: Final = 9
 
