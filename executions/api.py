@@ -213,7 +213,9 @@ async def send_std_in(request: Request) -> Response:
             now = f"execution {view.id} is still queued"
             raise wait_over(deadline, f"{now} after {START_HOLD_SECONDS:g} s; send again", now)
     success = False
-    if not view.completed:
+    if view.completed:
+        success = request.request_id is not None and await _was_taken(view, _request_key(request))
+    else:
         try:
             if signal == "INTERRUPT":
                 success = await _interrupt(read, view, _request_key(request))
@@ -228,6 +230,15 @@ async def send_std_in(request: Request) -> Response:
             if error.code in ("busy", "not_ready"):
                 raise Unavailable(f"devbox {view.devbox_id} cannot take input at the moment; send again") from error
     return json_response({"devbox_id": view.devbox_id, "execution_id": view.id, "success": success})
+
+
+async def _was_taken(view: ExecutionView, request_key: str) -> bool:
+    """Whether a command that has ended took this request before: the repetition of one whose answer was lost."""
+    try:
+        reply = await async_client_for(view.host_id).stdin(box=view.devbox_id, id=view.id, request=request_key)
+    except (HostUnreachable, HostRefused):
+        return False
+    return reply["accepted"]
 
 
 async def _interrupt(read: Read, view: ExecutionView, request_key: str) -> bool:

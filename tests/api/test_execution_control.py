@@ -71,6 +71,10 @@ def test_input_reaches_the_command(world, alice):
     world.fake.finish(execution_id)
     world.work()
     assert alice.post(url, {"text": "late"}).json()["success"] is False
+    assert alice.post(url, {"text": "late"}, headers={"x-request-id": "another"}).json()["success"] is False
+    assert alice.post(url, {"text": "héllo\n"}, headers=headers).json() == want, "taken when it was asked first"
+    world.fake.unreachable = True
+    assert alice.post(url, {"text": "héllo\n"}, headers=headers).json()["success"] is False
 
 
 def test_input_waits_for_a_queued_command(world, alice):
@@ -96,6 +100,18 @@ def test_an_interrupt_needs_no_attached_input(world, alice):
     assert (call["signal"], call["group"]) == (2, True)
     world.work()
     assert world.row(execution_id).exit_status == 130
+
+
+def test_a_repeated_interrupt_is_sent_once(world, alice):
+    execution_id = world.started(alice)
+    url = world.execution_url(execution_id, "/send_std_in")
+    sent = []
+    world.fake._end = lambda box, execution, code, reason: sent.append(code)  # it handles the interrupt and goes on
+    for request in ("a", "a", "b"):
+        answer = alice.post(url, {"signal": "INTERRUPT"}, headers={"x-request-id": request})
+        assert answer.json()["success"] is True
+    assert sent == [130, 130]
+    assert [call["request"] for call in world.fake.called("kill")] == ["a", "a", "b"]
 
 
 @pytest.mark.parametrize(
