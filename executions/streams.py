@@ -9,7 +9,7 @@ What clients depend on:
    nothing. No event ends inside a character; bytes that are not UTF-8 become U+FFFD.
 2. Silence is filled with comments, which no decoder takes for an event. There is never an `id:` line.
 3. A clean end means that the command has ended and all that was kept of its output was sent. Anything else says so
-   first: error 408 when coming back with the last offset will go on, 500 when bytes are gone.
+   first: error 408 (`resumable`) when coming back with the last offset will go on, 500 when bytes are gone.
 4. The middle of an output that was too long to keep is jumped, with one event that says so.
 """
 
@@ -125,7 +125,8 @@ def _update(found: Piece) -> bytes:
 
 
 def _error(code: int, message: str) -> bytes:
-    return b"event: error\ndata: " + orjson.dumps({"code": code, "message": message}) + b"\n\n"
+    told = {"code": code, "message": message, "resumable": code == 408}
+    return b"event: error\ndata: " + orjson.dumps(told) + b"\n\n"
 
 
 async def _with_heartbeats(

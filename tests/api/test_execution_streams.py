@@ -222,7 +222,7 @@ def test_a_host_that_stays_away_ends_the_stream_with_408(world, alice, monkeypat
 
     world.paused = True
     events = run(world, scenario())
-    assert (events.error["code"], events.offset) == (408, 5)
+    assert (events.error["code"], events.error["resumable"], events.offset) == (408, True, 5)
     world.paused = False
     world.fake.finish(execution_id, stdout=b"+end")
     assert replay(world, alice, execution_id, query=f"?offset={events.offset}").text == "+end"
@@ -249,7 +249,7 @@ def test_lost_output_ends_with_500(world, alice):
 
     after_destroy(world.devbox_id, "health_check_failed")
     events = replay(world, alice, execution_id)
-    assert events.error["code"] == 500
+    assert (events.error["code"], events.error["resumable"]) == (500, False)
     assert "lost" in events.error["message"]
     body = alice.get(world.execution_url(execution_id)).json()
     assert (body["exit_status"], body["stdout"], body["stdout_truncated"]) == (-1, "", True)
