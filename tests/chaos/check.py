@@ -102,6 +102,15 @@ def _lost(run: Run, command: Command, final: dict[str, Any]) -> bool:
     return True
 
 
+def _after_a_loss(run: Run, command: Command) -> bool:
+    """Whether an earlier command of its shell was lost: nobody can tell then what that has left in the shell."""
+    return any(
+        other.job.shell == command.job.shell != "" and other.box == command.box and other.job.place < command.job.place
+        for other in run.commands
+        if other.final is not None and other.final["exit_status"] == -1
+    )
+
+
 def _hit(run: Run, since: float, until: float) -> bool:
     return any(since - NEAR_SECONDS < at < until for at, _ in run.striker.on_boxes)
 
@@ -123,6 +132,8 @@ def _stream(run: Run, command: Command, stream: str, final: dict[str, Any], seen
         return
     whole = command.job.output(stream)
     wanted = whole.decode(errors="replace")
+    if stream == "stderr" and _after_a_loss(run, command):
+        return
     if command.killed:
         if not wanted.startswith(text.rstrip("\ufffd")) and not text.startswith(wanted):
             run.find(f"{title} is {_differs(text, wanted)} (stored | written)")

@@ -12,7 +12,7 @@ import functools
 import random
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from tests.chaos.site import Site, children, memory_mb
 SETTLE_SECONDS = 100.0
 STREAMS = ("stdout", "stderr")
 CHURNS = 3
+SHELL_LINE = 2
 LOGGED_LINES, LOGGED_BYTES = 2000, 1000
 SMALL = {"launch_parameters": {"resource_size_request": "X_SMALL"}}
 
@@ -171,10 +172,25 @@ class Run:
 
     async def _slot(self, number: int) -> None:
         jobs = plan.jobs(self.plan, number)
+        if plan.is_shell(number):
+            await self._shell(jobs)
+            return
         while not self._over:
             job = next(jobs)
             await self._command(job, self.boxes[job.box])
             await asyncio.sleep(0.05)
+
+    async def _shell(self, jobs: Iterator[plan.Job]) -> None:
+        """Commands of one shell, some of which wait in its line while one runs."""
+        running: set[asyncio.Task[Command]] = set()
+        while not self._over:
+            job = next(jobs)
+            begun = asyncio.Event()
+            running.add(asyncio.create_task(self._command(job, self.boxes[job.box], begun)))
+            await begun.wait()
+            while len(running) > SHELL_LINE:
+                _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        await together(*running)
 
     @asynccontextmanager
     async def _noted(self, what: str) -> AsyncIterator[None]:
@@ -183,7 +199,15 @@ class Run:
         except GivenUp as error:
             self.find(f"{what}: {error}")
 
-    async def _command(self, job: plan.Job, box: str) -> Command:
+    async def _command(self, job: plan.Job, box: str, begun: asyncio.Event | None = None) -> Command:
+        """Run one and see it to its end. `begun` is set once it has been acknowledged, or never will be."""
+        try:
+            return await self._run_command(job, box, begun or asyncio.Event())
+        finally:
+            if begun is not None:
+                begun.set()
+
+    async def _run_command(self, job: plan.Job, box: str, begun: asyncio.Event) -> Command:
         command = Command(job, box, self.now)
         self.commands.append(command)
         async with self._noted(command.title):
@@ -196,6 +220,7 @@ class Run:
                 command.id, command.answer = str(answer.get("execution_id", "")), answer
             else:
                 await self._begun(command)
+                begun.set()
                 await together(
                     self._waited(command),
                     *(self._followed(command, stream) for stream in STREAMS if job.how == "follow"),
@@ -208,6 +233,8 @@ class Run:
     async def _begun(self, command: Command) -> None:
         job, devbox = command.job, f"/v1/devboxes/{command.box}"
         body: dict[str, Any] = {"command": job.command}
+        if job.shell:
+            body["shell_name"] = job.shell
         if job.how == "execute":
             body |= {"command_id": f"{self.plan.seed}-{job.name}", "optimistic_timeout": 3}
             answer = await self.caller.call("POST", f"{devbox}/execute", body, hold=3)

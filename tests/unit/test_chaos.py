@@ -22,6 +22,7 @@ class Run:
         self.find = self.found.append
         self.striker = self
         self.on_boxes = [(at, "") for at in blows]
+        self.commands: list[Command] = []
 
     def say(self, text: str) -> None:
         pass
