@@ -521,6 +521,7 @@ class Shells:
                 shell.fresh, shell.handed = False, UNKNOWN
                 continue
             if left is not None:
+                procs.kill(left.descriptors.get("pidfd", -1))
                 packets.close_all(left.descriptors.values())
             if facts.get("pid"):
                 procs.kill_if_same(int(facts["pid"]), int(facts.get("start", 0)))

@@ -54,8 +54,8 @@ class Shell:
         done = self.owner.post(f"/v1/devboxes/{self.box}/execute_sync", body)
         return done["stdout"], done["exit_status"]
 
-    def start(self, command: str) -> str:
-        body = {"command": command, "shell_name": self.name}
+    def start(self, command: str, **more: Any) -> str:
+        body = {"command": command, "shell_name": self.name, **more}
         path = f"/v1/devboxes/{self.box}/executions"
         return f"{path}/{self.owner.post(f'/v1/devboxes/{self.box}/execute_async', body)['execution_id']}"
 
@@ -123,6 +123,20 @@ def test_the_line_goes_on_when_one_of_it_is_killed(shell: Shell) -> None:
         shell.owner.post(f"{path}/kill", {"kill_process_group": True})
     assert [shell.end(path)["exit_status"] for path in paths] == [137, 137, 0]
     assert len(shell.said()) == 1, "the one that was queued ended no shell"
+
+
+def test_input_reaches_a_command_and_an_interrupt_spares_the_shell(shell: Shell) -> None:
+    assert shell("x=kept") == ("", 0)
+    reader = shell.start("read line; echo heard $line; cat; echo end", attach_stdin=True)
+    for body in ({"text": "this\n"}, {"text": "and that\n"}, {"signal": "EOF"}):
+        assert shell.owner.post(f"{reader}/send_std_in", body)["success"], body
+    assert shell.end(reader)["stdout"] == "heard this\nand that\nend\n"
+    sleeper = shell.start("sleep 60; echo no")
+    shell.owner.post(f"{sleeper}/wait_for_status", {"statuses": ["running", "completed"]})
+    assert shell.owner.post(f"{sleeper}/send_std_in", {"signal": "INTERRUPT"})["success"]
+    assert shell.end(sleeper)["exit_status"] == 130
+    assert shell("echo $? $x") == ("130 kept\n", 0)
+    assert shell.said() == []
 
 
 def test_everything_is_killed_in_the_middle(berth, shell: Shell) -> None:
