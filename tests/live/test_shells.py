@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +148,25 @@ def test_everything_is_killed_in_the_middle(berth, shell: Shell) -> None:
     queued = shell.start("echo $? $x; pwd")
     slot = berth.rows("SELECT slot FROM devboxes_devbox WHERE id = %s", shell.box)[0][0]
     for _ in range(2):
-        for pid in (site.keepers()[slot], site.hostd(), berth.pids()["worker"], berth.pids()["watcher"]):
-            assert pid is not None
-            os.kill(int(pid), signal.SIGKILL)
-            time.sleep(0.4)
+        _kill(lambda: site.keepers().get(slot))
+        _kill(site.hostd)
+        _kill(lambda: berth.pids().get("worker"))
+        _kill(lambda: berth.pids().get("watcher"))
     ended = _patiently(shell, running)
     assert (ended["exit_status"], ended["stdout"]) == (9, "".join(f"{n}\n" for n in range(1, 81)))
     assert _patiently(shell, queued)["stdout"] == "9 kept\n/usr\n"
+
+
+def _kill(find: Callable[[], int | None]) -> None:
+    """kill -9, once there is one (again)."""
+    deadline = time.monotonic() + 20
+    while True:
+        with contextlib.suppress(ProcessLookupError):
+            if pid := find():
+                os.kill(pid, signal.SIGKILL)
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def _patiently(shell: Shell, path: str) -> dict[str, Any]:
