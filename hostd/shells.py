@@ -468,7 +468,7 @@ class Shells:
         if unread or shell.hung:
             self._unopened(execution)
         when = ""
-        if execution.killed:
+        if execution.killed and status == execution.killed:
             when = " with its command, on request"
         elif shell.hung:
             when = " because it carried out nothing any more"
