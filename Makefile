@@ -49,6 +49,7 @@ prove: venv  ## drive a throwaway copy through every operation with the publishe
 	@$(AS_ROOT) $(RUN) -m config.prove
 
 test: venv  ## every test, those on real boxes too (root)
+	@$(AS_ROOT) $(RUN) -m config.packages
 	@$(AS_ROOT) $(RUN) -m pytest $(ARGS)
 
 bench: venv  ## speed and memory: tables, and build/bench.json (root)

@@ -101,10 +101,40 @@ def running(state: State) -> dict[str, Any] | None:
     return facts if facts and facts.get("ready") else None
 
 
+def lines_to_paste(url: str, key: str) -> dict[str, str]:
+    """For each client, lines that work as they stand in a shell."""
+    python = f"""\
+python3.11 -m venv ~/berth-sdk && ~/berth-sdk/bin/pip install --quiet runloop_api_client
+~/berth-sdk/bin/python - <<'END'
+from runloop_api_client import Runloop
+client = Runloop(base_url="{url}", bearer_token="{key}")
+box = client.devboxes.create_and_await_running(name="mine")
+print(client.devboxes.execute_and_await_completion(box.id, command="uname -a").stdout)
+client.devboxes.shutdown(box.id)
+END
+"""
+    typescript = f"""\
+mkdir -p ~/berth-ts && cd ~/berth-ts && npm install --silent @runloop/api-client
+node --input-type=module - <<'END'
+import {{ Runloop }} from '@runloop/api-client';
+const client = new Runloop({{ baseURL: '{url}', bearerToken: '{key}' }});
+const box = await client.devboxes.createAndAwaitRunning({{ name: 'mine' }});
+console.log((await client.devboxes.executeAndAwaitCompletion(box.id, {{ command: 'uname -a' }})).stdout);
+await client.devboxes.shutdown(box.id);
+END
+"""
+    curl = f"""\
+curl {url}/v1/devboxes -H 'Authorization: Bearer {key}' \\
+     -H 'Content-Type: application/json' -d '{{"name": "mine"}}'
+"""
+    return {"Python": python, "TypeScript, with Node.js 18 or newer": typescript, "curl": curl}
+
+
 def show(state: State, facts: Mapping[str, Any], output: str | None) -> None:
     """Print the output of the first devbox, the address, where the key is, and lines that work when pasted."""
     url = facts["base_url"]
     key = state.api_key_file.read_text().strip()
+    lines = "\n".join(f"# {name}\n{text}" for name, text in lines_to_paste(url, key).items())
     text = f"""
 {output or ""}
 API       {url}          docs: {url}/docs/
@@ -112,30 +142,7 @@ Key       {key}          (kept in {state.api_key_file})
 Admin     {url}/admin/   (user and password in {state.admin_file})
 Logs      {state.logs}
 
-# Python: paste from here
-python3.11 -m venv ~/berth-sdk && ~/berth-sdk/bin/pip install --quiet runloop_api_client
-~/berth-sdk/bin/python - <<'END'
-from runloop_api_client import Runloop
-client = Runloop(base_url="{url}", bearer_token="{key}")
-box = client.devboxes.create_and_await_running(name="mine")
-print(client.devboxes.execute_sync(box.id, command="uname -a").stdout)
-client.devboxes.shutdown(box.id)
-END
-
-# TypeScript, with Node.js 18 or newer
-mkdir -p ~/berth-ts && cd ~/berth-ts && npm install --silent @runloop/api-client
-node --input-type=module - <<'END'
-import {{ Runloop }} from '@runloop/api-client';
-const client = new Runloop({{ baseURL: '{url}', bearerToken: '{key}' }});
-const box = await client.devboxes.createAndAwaitRunning({{ name: 'mine' }});
-console.log((await client.devboxes.executeSync(box.id, {{ command: 'uname -a' }})).stdout);
-await client.devboxes.shutdown(box.id);
-END
-
-# curl
-curl {url}/v1/devboxes -H 'Authorization: Bearer {key}' \\
-     -H 'Content-Type: application/json' -d '{{"name": "mine"}}'
-
+{lines}
 Ctrl-C ends this machine's devboxes and stops everything; data stays.
 """
     sys.stdout.write(text)

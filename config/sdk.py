@@ -20,10 +20,15 @@ PYTHON_VERSIONS = ("3.0.0", "1.29.0")
 TYPESCRIPT_VERSION = "1.32.0"
 
 
+def is_there(version: str) -> bool:
+    """Whether this version of the Python client was installed before."""
+    return (FOLDER / f"python-{version}" / "installed").exists()
+
+
 def python(version: str) -> Path:
     """The interpreter of an environment that holds ``runloop_api_client`` in this version."""
     home = FOLDER / f"python-{version}"
-    if not (home / "installed").exists():
+    if not is_there(version):
         shutil.rmtree(home, ignore_errors=True)
         _run([sys.executable, "-m", "venv", str(home)])
         _run(

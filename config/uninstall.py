@@ -18,7 +18,7 @@ from pathlib import Path
 
 from config.down import stop
 from config.state import CHECKOUT, State, StateError
-from config.supervisor import Progress, StepFailed
+from config.supervisor import Progress, StepFailed, last_words
 from config.up import host_config, host_root
 
 _RUN_SSHD = Path("/run/sshd")
@@ -68,7 +68,7 @@ def _host(state: State, say: Progress) -> None:
                 cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=120, check=False,
             )  # fmt: skip
         if done.returncode != 0:
-            raise StepFailed("host", f"tearing the VM host down ended with exit status {done.returncode}", log)
+            raise StepFailed("host", f"the VM host could not be taken away: {last_words(log)}", log)
         say("host         boxes, pool, network, firewall table and sysctls taken away")
     shutil.rmtree(host_root(state), ignore_errors=True)
     if cache == Path(DEFAULT_IMAGE_CACHE) and not installs_on_machine():

@@ -39,7 +39,15 @@ from config.state import (
     process_environment,
     reserve,
 )
-from config.supervisor import Progress, Service, StepFailed, Supervisor, end_leftovers, raise_open_files
+from config.supervisor import (
+    Progress,
+    Service,
+    StepFailed,
+    Supervisor,
+    end_leftovers,
+    last_words,
+    raise_open_files,
+)
 
 #: The web server's port when it is free and none was asked for; only a habit, another one is found otherwise.
 _USUAL_PORT = 8420
@@ -216,7 +224,7 @@ def stop_host(state: State, say: Progress) -> bool:
             cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=90, check=False,
         )  # fmt: skip
     if done.returncode != 0:
-        raise StepFailed("host", f"stopping the VM host ended with exit status {done.returncode}", log)
+        raise StepFailed("host", f"the VM host could not be stopped: {last_words(log)}", log)
     say("host         stopped, its pool unmounted")
     return True
 

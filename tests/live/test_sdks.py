@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import httpx
 import pytest
 
+from config import first
 from config.sdk import PYTHON_VERSIONS
 from config.state import CHECKOUT
 
@@ -25,6 +27,26 @@ def test_the_python_sdk_passes_through_every_operation(berth, python_sdk, versio
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env=QUIET)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("  ok") > 15
+
+
+@pytest.mark.parametrize("name", ["Python", "TypeScript", "curl"])
+def test_the_lines_that_make_up_prints_work_as_they_stand(berth, python_sdk, typescript_sdk: Path, name: str) -> None:
+    """In a shell, but for the lines that install the client: it is here already."""
+    if shutil.which(name) is None and name == "curl":
+        pytest.skip("no curl on this machine")
+    lines = first.lines_to_paste(berth.base_url, berth.owner.secret)
+    text = next(text for title, text in lines.items() if title.startswith(name))
+    if name != "curl":
+        text = text.split("\n", 1)[1].replace("~/berth-sdk/bin/python", str(python_sdk(PYTHON_VERSIONS[0])))
+    done = subprocess.run(
+        ["bash", "-c", text], cwd=typescript_sdk, capture_output=True, text=True, timeout=60, env=QUIET
+    )
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stdout + done.stderr
+    if name == "curl":
+        assert json.loads(done.stdout)["name"] == "mine"
+        berth.owner.shutdown(json.loads(done.stdout)["id"])
+    else:
+        assert done.stdout.startswith("Linux dbx-"), done.stdout
 
 
 def test_the_typescript_sdk_makes_uses_and_ends_a_devbox(berth, typescript_sdk: Path) -> None:
