@@ -40,6 +40,14 @@ def main(argv: list[str] | None = None) -> int:
         if name == "serve":
             command.add_argument("--detach", action="store_true", help="return once the daemon answers")
             command.add_argument("--inherit", help=argparse.SUPPRESS)
+    image = commands.add_parser(
+        "image", help="tell what is here of an image's stream; with --sha256, take the rest of it"
+    )
+    image.add_argument("--config", required=True, help="the install's host.json")
+    image.add_argument("--id", required=True)
+    image.add_argument("--offset", type=int, default=0, help="how much of it is here already")
+    image.add_argument("--size", type=int, default=0, help="the bytes of the whole")
+    image.add_argument("--sha256", help="of the whole: given, the rest is read from standard input")
     version = commands.add_parser("version", help="print protocol and digest, having loaded every module")
     version.add_argument("--config", help="a host.json to be understood as well")
     options = parser.parse_args(argv)
@@ -51,6 +59,13 @@ def main(argv: list[str] | None = None) -> int:
 
             return setup.run(setup.load(options.config), say)
         cfg = config.load(options.config)
+        if options.command == "image":
+            from hostd import deliveries
+
+            given = (options.offset, options.size, options.sha256, sys.stdin.buffer)
+            told = deliveries.take(cfg, options.id, *given) if options.sha256 else deliveries.look(cfg, options.id)
+            say({"done": True, **told})
+            return 0
         if options.command in ("stop", "teardown"):
             from hostd import teardown
 
@@ -113,7 +128,7 @@ def _detach(cfg: HostConfig, path: str) -> int:
             say({"done": True})
             return 0
         if daemon is None or select.select([daemon], [], [], 0.05)[0]:
-            words = os.pread(errors, 65536, said_before).decode(errors="replace").strip()
+            words = " ".join(os.pread(errors, 65536, said_before).decode(errors="replace").split())
             return _fail(f"hostd ended at once: {words[-1000:] or f'see {folder}/hostd.log'}")
     return _fail(f"hostd did not answer within {DETACH_SECONDS:g} s; see {folder}/hostd.err and hostd.log")
 

@@ -1,7 +1,7 @@
 """Base images: built or imported once, kept as one stream, received into the pool.
 
 In charge of: the recipe of Berth's own image, the cache of streams, image ids. Not in charge of: boxes' disks
-(`disks`), nor how a stream reaches another machine: put `<id>.btrfs.zst` into its cache folder and the id into its
+(`disks`), nor how a stream reaches another machine's cache (`deliveries`): its id goes into that machine's
 configuration before `setup`.
 
 An image is a read-only btrfs subvolume. It is always received from its stream, on the machine that built it as well:
@@ -71,7 +71,7 @@ def ensure(cfg: HostConfig, say: Say, *, rebuild: bool = False) -> str:
         if wanted and has_image(cfg, wanted):
             say("image", image=wanted, source="pool")
             return wanted
-        if wanted and os.path.exists(_stream(cfg, wanted)):
+        if wanted and os.path.exists(stream_path(cfg, wanted)):
             _receive(cfg, wanted)
             say("image", image=wanted, source="cache")
             return wanted
@@ -98,6 +98,13 @@ def import_tar(cfg: HostConfig, path: str, say: Say) -> str:
 def received_uuid(cfg: HostConfig, image: str) -> str:
     """What an incremental stream against this image refers to; equal on every host that has the image."""
     return btrfs.received_uuid(cfg.image_path(image))
+
+
+def stream_path(cfg: HostConfig, image: str) -> str:
+    """Where the cache keeps an image's stream. Raises Refused unknown_image for what is no id."""
+    if not _ID.fullmatch(image):
+        raise Refused("unknown_image", f"{image!r} is not an image id")
+    return f"{cfg.image_cache}/{image}.btrfs.zst"
 
 
 # --- making ---------------------------------------------------------------------------------------------------------
@@ -143,7 +150,7 @@ def _send(cfg: HostConfig, about: dict[str, Any]) -> str:
         image = f"img_{digest.hexdigest()[:12]}"
         about = {"id": image, "sha256": digest.hexdigest(), "stream_bytes": total, **about}
         write_file(f"{cfg.image_cache}/{image}.json", json.dumps(about).encode() + b"\n")
-        os.rename(unfinished, _stream(cfg, image))
+        os.rename(unfinished, stream_path(cfg, image))
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(unfinished)
@@ -165,7 +172,7 @@ def _receive(cfg: HostConfig, image: str) -> None:
     digest = hashlib.sha256()
     total = 0
     try:
-        with _pipe(["zstd", "-q", "-dc", _stream(cfg, image)], stdout=subprocess.PIPE) as unpack:
+        with _pipe(["zstd", "-q", "-dc", stream_path(cfg, image)], stdout=subprocess.PIPE) as unpack:
             with _pipe(["btrfs", "-q", "receive", "--chroot", cfg.images], stdin=subprocess.PIPE) as receive:
                 assert unpack.stdout and receive.stdin
                 for piece in iter(lambda: unpack.stdout.read(_CHUNK), b""):  # type: ignore[union-attr]
@@ -176,7 +183,7 @@ def _receive(cfg: HostConfig, image: str) -> None:
                     receive.stdin.write(piece)
                 receive.stdin.close()
         if not digest.hexdigest().startswith(image.removeprefix("img_")):
-            raise Refused("internal", f"the cached stream of {image} is damaged: remove {_stream(cfg, image)}")
+            raise Refused("internal", f"the cached stream of {image} is damaged: remove {stream_path(cfg, image)}")
         # Within one folder: a read-only subvolume cannot be moved to another.
         os.rename(f"{cfg.images}/{_IN_STREAM}", cfg.image_path(image))
     finally:
@@ -399,11 +406,7 @@ def _cached_recipe(cfg: HostConfig) -> str | None:
             image = file.read(64).strip()
     except FileNotFoundError:
         return None
-    return image if os.path.exists(_stream(cfg, image)) else None
-
-
-def _stream(cfg: HostConfig, image: str) -> str:
-    return f"{cfg.image_cache}/{image}.btrfs.zst"
+    return image if os.path.exists(stream_path(cfg, image)) else None
 
 
 @contextlib.contextmanager

@@ -92,6 +92,7 @@ def set_up(cfg: HostConfig, say: Say) -> dict[str, Any]:
         "config": cfg.path,
         "install": cfg.install,
         "image": cfg.image,
+        "image_stream": images.stream_path(cfg, cfg.image),
         "received_uuid": images.received_uuid(cfg, cfg.image),
         "cgroup": cgroups.detect().kind,
         "pool_bytes": disks.space(cfg)[0],

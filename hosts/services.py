@@ -22,7 +22,7 @@ from django.db.models.functions import Now
 
 from accounts.sealing import seal, unseal
 from api.ids import new_id
-from hosts import delivery, links, proofs, registry, shipping, ssh
+from hosts import delivery, images, links, proofs, registry, shipping, ssh
 from hosts.client import HostClient, HostError, HostUnreachable
 from hosts.models import Host, HostState
 from hosts.registry import BoxExitEvent, ExpectedBox
@@ -37,6 +37,17 @@ _POOL_DEFAULT_MAX: Final = 200 * _GIB
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
+
+
+_FAILURES: Final = (
+    ssh.SshError,
+    shipping.ShippingFailed,
+    images.NoStream,
+    proofs.ProofFailed,
+    CommandFailed,
+    HostError,
+    ValueError,
+)
 
 
 class EnrolmentFailed(Exception):
@@ -92,7 +103,7 @@ def enrol(
             row = _row(wanted, host_key)
             _make(row, wanted, cluster, admin, progress)
         return _accept(row, progress)
-    except (ssh.SshError, shipping.ShippingFailed, proofs.ProofFailed, CommandFailed, HostError, ValueError) as error:
+    except _FAILURES as error:
         problem: Exception = EnrolmentFailed(str(error))
         problem.__cause__ = error
     except EnrolmentFailed as error:
@@ -205,21 +216,39 @@ def _make(row: Host, wanted: Wanted, cluster: str, admin: ssh.Admin, progress: P
         **_pool(wanted, present, machine["free"]),
         **wanted.extra,
     }
+    image = images.wanted(row, progress)
+    if image is not None:
+        config["image"] = image.id
     shipping.put_file(admin, f"{root}/host.json", json.dumps(config, indent=2).encode() + b"\n", "0600")
 
     def step(line: dict[str, Any]) -> None:
         rest = ", ".join(f"{key} {value}" for key, value in line.items() if key != "step")
         progress(f"set-up: {line.get('step', '')}{': ' if rest else ''}{rest}")
 
+    if image is not None:
+        images.send(admin, path, f"{root}/host.json", image, progress)
     progress("setting the machine up")
     done = shipping.run_hostd(admin, path, "setup", f"{root}/host.json", timeout=SETUP_SECONDS, on_progress=step)
     row.image_id = str(done.get("image") or "")
+    if image is None:
+        _keep_image(admin, done, progress)
+    elif done["received_uuid"] != image.received_uuid:
+        there = done["received_uuid"]
+        raise EnrolmentFailed(f"{row.image_id} was received there as {there}, elsewhere as {image.received_uuid}")
     Host.objects.filter(pk=row.pk).update(image_id=row.image_id)
     progress("starting hostd")
     shipping.start_hostd(admin, root, f"{root}/host.json")
     progress("trying what the link's key must not do")
     for warning in proofs.prove_confinement(admin, links.where_is(row.pk).login):
         progress(f"warning: {warning}")
+
+
+def _keep_image(admin: ssh.Admin, done: dict[str, Any], progress: Progress) -> None:
+    """The first host's image becomes the cluster's. One that cannot be kept now is fetched when the next host comes."""
+    try:
+        images.keep(admin, done["image"], done["image_stream"], done["received_uuid"], progress)
+    except (images.NoStream, CommandFailed) as error:
+        progress(f"warning: the image is not kept in S3 yet: {error}")
 
 
 def _authorized(private_key: str, socket_path: str) -> str:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from hostd.bundle import Bundle, build
@@ -112,9 +112,13 @@ def run_hostd(
     config: str,
     *options: str,
     timeout: float,
+    body: bytes | Iterable[bytes] = b"",
     on_progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Run one of hostd's commands as root and return its last line. Raises ShippingFailed with what it said."""
+    """Run one of hostd's commands as root, `body` being its input, and return its last line.
+
+    Raises ShippingFailed with what it said, or SshError.
+    """
     last: dict[str, Any] = {}
 
     def line(text: str) -> None:
@@ -132,7 +136,7 @@ def run_hostd(
     argv = [PYTHON, "-I", path, command, "--config", config, *options]
     failure: CommandFailed | None = None
     try:
-        admin.run(argv, timeout=timeout, on_line=line)
+        admin.run(argv, timeout=timeout, body=body, on_line=line)
     except CommandFailed as error:
         failure = error
     problem = last.get("error")

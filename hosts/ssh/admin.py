@@ -10,7 +10,7 @@ import contextlib
 import shlex
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -71,14 +71,48 @@ class Admin:
         argv: Sequence[str],
         *,
         timeout: float,
-        body: bytes = b"",
+        body: bytes | Iterable[bytes] = b"",
         on_line: Callable[[str], None] | None = None,
     ) -> bytes:
         """Run as root and return its stdout. `timeout` seconds for all of it; `on_line` gets stdout as it comes.
 
+        `body` is its stdin; what it does not want of it, because it ended, is not sent.
         Raises CommandFailed, TimedOut or ConnectionCut. After either of the last two it may still run on the host.
         """
         return self._run([*self._prefix, *argv], timeout, body, on_line)
+
+    def receive(self, argv: Sequence[str], *, timeout: float) -> Iterator[bytes]:
+        """Run as root and give its stdout piece by piece, of whatever length. Its status is checked at the end.
+
+        Raises CommandFailed, TimedOut or ConnectionCut: what was given until then is not the whole.
+        """
+        argv = [*self._prefix, *argv]
+        deadline = time.monotonic() + timeout
+        try:
+            with self.transport.open_channel("session", timeout=min(timeout, DIAL_SECONDS)) as channel:
+                channel.settimeout(0.5)
+                channel.exec_command(shlex.join(argv))
+                channel.shutdown_write()
+                while True:
+                    if time.monotonic() > deadline:
+                        raise TimedOut(f"`{' '.join(argv)[:200]}` did not end within {timeout:.0f} s")
+                    try:
+                        data = channel.recv(1 << 20)
+                    except TimeoutError:
+                        continue
+                    if not data:
+                        break
+                    yield data
+                if not channel.status_event.wait(max(0.1, deadline - time.monotonic())):
+                    raise TimedOut(f"`{' '.join(argv)[:200]}` did not end within {timeout:.0f} s")
+                status = channel.exit_status
+                told = channel.recv_stderr(65536) if channel.recv_stderr_ready() else b""
+        except (SSHException, EOFError, OSError) as error:
+            raise ConnectionCut(f"while running `{argv[0]}`: {said(error)}") from error
+        if status == -1:
+            raise ConnectionCut(f"the connection was cut while running `{argv[0]}`")
+        if status != 0:
+            raise CommandFailed(argv, status, b"", told)
 
     def run_as_login(self, argv: Sequence[str], *, timeout: float) -> bytes:
         """As `run`, without becoming root."""
@@ -113,7 +147,13 @@ class Admin:
             yield line.decode(errors="replace").strip()
             channel.shutdown_write()
 
-    def _run(self, argv: Sequence[str], timeout: float, body: bytes, on_line: Callable[[str], None] | None) -> bytes:
+    def _run(
+        self,
+        argv: Sequence[str],
+        timeout: float,
+        body: bytes | Iterable[bytes],
+        on_line: Callable[[str], None] | None,
+    ) -> bytes:
         deadline = time.monotonic() + timeout
         try:
             channel: Channel = self.transport.open_channel("session", timeout=min(timeout, DIAL_SECONDS))
@@ -131,25 +171,29 @@ class Admin:
         argv: Sequence[str],
         deadline: float,
         timeout: float,
-        body: bytes,
+        body: bytes | Iterable[bytes],
         on_line: Callable[[str], None] | None,
     ) -> bytes:
         stdout, stderr, line = bytearray(), bytearray(), bytearray()
-        sent = 0
+        pieces = iter([body] if isinstance(body, bytes) else body)
+        held, all_sent = b"", False
         with channel:
-            if not body:
-                channel.shutdown_write()
             while True:
                 if time.monotonic() > deadline:
                     raise TimedOut(f"`{' '.join(argv)[:200]}` did not end within {timeout:.0f} s")
                 if not self.transport.active:
                     raise ConnectionCut(f"the connection was cut while running `{argv[0]}`")
                 moved = False
-                if sent < len(body) and channel.send_ready():
-                    sent += channel.send(body[sent : sent + 32768])
-                    moved = True
-                    if sent == len(body):
+                if not held and not all_sent:
+                    held = next((piece for piece in pieces if piece), b"")
+                    all_sent = not held
+                    if all_sent:
                         channel.shutdown_write()
+                if held and (channel.closed or channel.eof_received):
+                    held, all_sent = b"", True  # it ended without wanting the rest
+                elif held and channel.send_ready():
+                    held = held[channel.send(held[:32768]) :]
+                    moved = True
                 while channel.recv_stderr_ready():
                     stderr += channel.recv_stderr(65536)
                     del stderr[:-OUTPUT_MAX]
@@ -157,7 +201,7 @@ class Admin:
                 if moved and not channel.recv_ready():
                     continue
                 try:
-                    data = channel.recv(65536) if sent == len(body) or channel.recv_ready() else None
+                    data = channel.recv(65536) if all_sent or channel.recv_ready() else None
                 except socket.timeout:  # noqa: UP041  (paramiko's own is an alias; named for what it is)
                     continue
                 if data is None:
