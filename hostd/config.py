@@ -358,23 +358,40 @@ def claim_install(root: str | None, install: int | None = None) -> tuple[int, st
 
 
 def release_install(install: int, root: str) -> None:
-    """Give the number back, if it is ``root``'s. Safe to repeat."""
+    """Give the number back, if it is ``root``'s. Safe to repeat. The last one takes the machine's lock along."""
     with _machine_lock():
         if _read_root(install_lock(install)) == root:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(install_lock(install))
+        if not any(os.path.exists(install_lock(number)) for number in range(INSTALLS)):
+            os.unlink(_machine_lock_path())
 
 
 @contextlib.contextmanager
 def _machine_lock() -> Iterator[None]:
     # Held for a few file operations only, so waiting for it needs no bound of its own.
     os.makedirs(LOCK_FOLDER, exist_ok=True)
-    lock = os.open(f"{LOCK_FOLDER}/berth-installs.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    while True:
+        lock = os.open(_machine_lock_path(), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_still(_machine_lock_path(), lock):
+                continue  # its last holder took it away
+            yield
+            return
+        finally:
+            os.close(lock)
+
+
+def _machine_lock_path() -> str:
+    return f"{LOCK_FOLDER}/berth-installs.lock"
+
+
+def _is_still(path: str, handle: int) -> bool:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def _read_root(path: str) -> str | None:

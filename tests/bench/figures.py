@@ -17,7 +17,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Figure:
     """One line of the table.  ``baseline`` is a median taken in the same run, ``ratio`` is median / baseline.
-    ``error``: why there are no numbers.  ``cpu``: percent of one processor by part of the installation meanwhile."""
+    ``error``: why there are no numbers.  ``absent``: why there need not be any.  ``cpu``: percent of one processor by
+    part of the installation meanwhile."""
 
     name: str
     unit: str
@@ -27,6 +28,7 @@ class Figure:
     baseline: float | None = None
     ratio: float | None = None
     error: str | None = None
+    absent: str | None = None
     cpu: Mapping[str, float] | None = None
 
     def beside(self, baseline: float) -> Figure:
@@ -54,6 +56,11 @@ def failed(name: str, error: str) -> Figure:
     return Figure(name, "", None, None, 0, error=error)
 
 
+def absent(name: str, unit: str, why: str) -> Figure:
+    """The line of something that is not to be had on this machine, which is no failure."""
+    return Figure(name, unit, None, None, 0, absent=why)
+
+
 _COLUMNS = ("name", "unit", "median", "p99", "n", "baseline", "ratio")
 
 
@@ -71,6 +78,8 @@ def table(figures: Sequence[Figure]) -> str:
         lines += [f"  {one.name}: {', '.join(f'{n} {v:g}' for n, v in (one.cpu or {}).items())}" for one in busy]
     if broken := [one for one in figures if one.error]:
         lines += ["", "could not be measured:"] + [f"  {one.name}: {one.error}" for one in broken]
+    if missing := [one for one in figures if one.absent]:
+        lines += ["", "not here:"] + [f"  {one.name}: {one.absent}" for one in missing]
     return "\n".join(lines)
 
 
@@ -92,7 +101,7 @@ def write(path: Path, figures: Sequence[Figure], keep: bool) -> None:
 
 def _row(one: Figure) -> dict[str, Any]:
     row = asdict(one)
-    for name in ("error", "cpu"):
+    for name in ("error", "absent", "cpu"):
         if row[name] is None:
             del row[name]
     return row

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,29 @@ def test_install_numbers_are_taken_once(tmp_path: Path, monkeypatch: pytest.Monk
         config.claim_install(None)
     with pytest.raises(ConfigError, match="all 16"):
         config.claim_install(None)
+    for install, root in config.installs_on_machine().items():
+        config.release_install(install, root)
+    assert list((tmp_path / "lock").iterdir()) == []
+
+
+def test_the_machine_s_lock_holds_though_it_is_taken_away_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "LOCK_FOLDER", str(tmp_path / "lock"))
+    monkeypatch.setattr(config, "DEFAULT_ROOTS", str(tmp_path / "roots"))
+    holders: list[int] = []
+
+    def come_and_go(n: int) -> None:
+        for _ in range(60):
+            install, root = config.claim_install(str(tmp_path / f"root-{n}"))
+            holders.append(install)
+            assert holders.count(install) == 1
+            holders.remove(install)
+            config.release_install(install, root)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(come_and_go, range(4)))
+    assert list((tmp_path / "lock").iterdir()) == []
 
 
 def test_resolvers_only_the_machine_can_reach_are_left_out(tmp_path: Path) -> None:
