@@ -82,10 +82,15 @@ def find(marks: Marks) -> list[str]:
 
 
 def _of_host(host: HostConfig) -> list[str]:
-    found = [f"folder {host.root}"] if os.path.lexists(host.root) else []
-    if installs_on_machine().get(host.install, host.root) != host.root:
-        return found  # its number is another's by now, and with it all that is called after it
-    found += [f"folder {host.run}"] if os.path.lexists(host.run) else []
+    numbered = _by_number(host)
+    # Looked at last: whoever takes the number that was given back makes the lock first.
+    owner = installs_on_machine().get(host.install, host.root)
+    return ([f"folder {host.root}"] if os.path.lexists(host.root) else []) + (numbered if owner == host.root else [])
+
+
+def _by_number(host: HostConfig) -> list[str]:
+    """What only its install number tells from another installation's."""
+    found = [f"folder {host.run}"] if os.path.lexists(host.run) else []
     if Path(install_lock(host.install)).exists():
         found.append(f"lock {install_lock(host.install)}")
     tables = _output("nft", "list", "tables")
