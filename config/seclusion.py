@@ -56,7 +56,7 @@ def view_for(user: Owner) -> View | None:
     None means that the files themselves are closed (made under a umask of 077), which only their owner should change.
     """
     view = view_of({CHECKOUT, Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}, user)
-    return view if _runs(view, user, [sys.executable, "-c", "import django, config.state"]) else None
+    return view if _runs(view, user, [sys.executable, "-c", "import django, config.state"], CHECKOUT) else None
 
 
 def view_of(needed: Collection[Path], user: Owner) -> View:
@@ -70,16 +70,16 @@ def view_of(needed: Collection[Path], user: Owner) -> View:
 
 
 def _may_pass(folder: Path, user: Owner) -> bool:
-    return _runs(View({}), user, ["test", "-x", str(folder)])
+    return _runs(View({}), user, ["test", "-x", str(folder)], Path("/"))
 
 
-def _runs(view: View, user: Owner, argv: Sequence[str]) -> bool:
+def _runs(view: View, user: Owner, argv: Sequence[str], cwd: Path) -> bool:
     """Asked of the kernel by a child that is that user, rather than worked out from modes."""
 
     def setup() -> None:
         view.enter()
         become(user)
-        os.chdir(CHECKOUT)
+        os.chdir(cwd)
 
     try:
         done = subprocess.run(

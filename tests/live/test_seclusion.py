@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from config import roles
+from config import roles, seclusion
 from config.seclusion import view_of
 from config.state import Owner, State
 from config.supervisor import Progress, Service, Supervisor
@@ -17,7 +17,9 @@ from tests.live.conftest import Berth
 pytestmark = pytest.mark.live
 
 
-def test_what_is_needed_of_a_closed_folder_is_seen_and_nothing_else(tmp_path: Path) -> None:
+def test_what_is_needed_of_a_closed_folder_is_seen_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nobody = Owner.named("nobody")
     assert nobody is not None
     closed, wanted = tmp_path / "closed", tmp_path / "closed" / "a" / "wanted"
@@ -25,6 +27,7 @@ def test_what_is_needed_of_a_closed_folder_is_seen_and_nothing_else(tmp_path: Pa
     (wanted / "file").write_text("seen\n")
     (closed / "secret").write_text("not seen\n")
     closed.chmod(0o700)
+    monkeypatch.setattr(seclusion, "CHECKOUT", wanted)
     view = view_of({wanted, Path("/usr")}, nobody)
     assert list(view.opened.values()) == [(wanted,)]
 
