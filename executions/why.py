@@ -55,6 +55,7 @@ _TIMES: Final = ("e.created_at", "e.placed_at", "e.started_at", "e.first_byte_at
 _READ: Final = f"""
 SELECT e.status, e.exit_status, e.reason, e.stop_why, e.stop_by, e.worker, e.kept, e.host_id, {SILENT_SINCE},
        CASE WHEN e.completed_at IS NULL THEN e.error_code END, e.error_detail,
+       CASE WHEN e.step = 'await_turn' THEN e.shell_name END,
        d.status, d.shutdown_reason, d.failure_reason, d.why, {milliseconds("d.ended_at")},
        {", ".join(milliseconds(column) for column in _TIMES)}
   FROM executions_execution e
@@ -71,7 +72,7 @@ def explain(caller: Caller, devbox_id: str, execution_id: str) -> dict[str, Any]
         row = fetch_one(_READ, [settings.BERTH.SILENT_AFTER, execution_id, devbox_id, caller.account_id])
     if row is None:
         raise NotFound(f"devbox {devbox_id[:80]} has no execution {execution_id[:80]}")
-    status, exit_status, reason, stop_why, stop_by, worker, kept, host_id, silent, error, detail, *rest = row
+    status, exit_status, reason, stop_why, stop_by, worker, kept, host_id, silent, error, detail, shell, *rest = row
     devbox, times = rest[:5], rest[5:]
     completed = status == "completed"
     asked = parsed(stop_by)
@@ -83,7 +84,7 @@ def explain(caller: Caller, devbox_id: str, execution_id: str) -> dict[str, Any]
         "phases": phases(zip(PHASES, times, strict=True)),
         "worker": worker,
         "host": host(host_id, None if completed else silent),
-        "trouble": None if error is None else _TROUBLES.get(error, detail if error == "HostRefused" else _RETRIED),
+        "trouble": _trouble(error, detail, shell),
         "output_kept": _KEPT[kept] if completed else None,
         "kill_request": _by(asked) if stop_why == endings.ASKED else None,
         "cause": _cause(exit_status, parsed(reason), asked, devbox) if completed else None,
@@ -93,6 +94,12 @@ def explain(caller: Caller, devbox_id: str, execution_id: str) -> dict[str, Any]
 _RETRIED: Final = "what it needs could not be had; it is tried again"
 _TROUBLES: Final = {"HostUnreachable": "its host does not answer; it is asked again"}
 _KEPT: Final = {Kept.HOST: "host", Kept.ROW: "stored", Kept.STORE: "stored", Kept.NOWHERE: "lost"}
+
+
+def _trouble(error: str | None, detail: str | None, shell: str | None) -> str | None:
+    if error is None:
+        return None if shell is None else f"it waits for an earlier command of shell {shell} to end"
+    return _TROUBLES.get(error, detail if error == "HostRefused" else _RETRIED)
 
 
 def _by(asked: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -82,6 +82,18 @@ def test_a_command_whose_exit_overtook_its_spawn_knows_its_worker(world, alice):
     assert account["worker"].count(":") == 2
 
 
+def test_what_a_start_waits_for(world, alice):
+    first = world.started(alice, shell_name="main")
+    body = {"command": "true", "shell_name": "main"}
+    second = alice.post(f"{world.url}/execute_async", body).json()["execution_id"]
+    assert why(alice, world, second)["trouble"] == "it waits for an earlier command of shell main to end"
+    assert why(alice, world, first)["trouble"] is None
+    world.fake.fail("spawn")
+    third = alice.post(f"{world.url}/execute_async", {"command": "true"}).json()["execution_id"]
+    world.work()
+    assert why(alice, world, third)["trouble"] == "its host does not answer; it is asked again"
+
+
 def test_nothing_written_and_nothing_known_is_left_out(world, alice):
     account = why(alice, world, ended(world, alice))
     assert "first_byte" not in reached(account)
