@@ -375,11 +375,10 @@ class Executions:
             if execution.shell is not None:
                 self.shells.signal(execution, signal, group)
                 return
-            signals.pidfd_send_signal(execution.pidfd, signal)
-            if group and execution.pid > 1:
-                # The kernel lets us reach this box's processes only, so a number that was given to somebody else's
-                # group meanwhile is refused.
-                os.killpg(execution.pid, signal)
+            # Once only: the command leads its group, and two interrupts are not one to many a program. The kernel lets
+            # us reach this box's processes only, so a number that is somebody else's group by now is refused.
+            if not (group and execution.pid > 1 and procs.signal_group(execution.pid, signal)):
+                signals.pidfd_send_signal(execution.pidfd, signal)
         except (ProcessLookupError, PermissionError):
             pass
 

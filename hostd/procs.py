@@ -213,6 +213,15 @@ def pid_of(pidfd: int) -> int:
     raise OSError(errno.EBADF, "not a pidfd")
 
 
+def signal_group(group: int, signal: int) -> bool:
+    """Signal a process group; False when there is none that we may reach."""
+    try:
+        os.killpg(group, signal)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
 def parent(pid: int) -> int | None:
     """Return a process's parent (0 when it is outside our pid namespace), None if there is no such process."""
     try:

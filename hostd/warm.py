@@ -117,6 +117,7 @@ class Warm:
             job: dict[str, Any] = {"image": slot.image, "disk_bytes": LIMITS["disk_bytes"]}
             await self._makers.do("make_disk", slot=slot.slot, n=slot.n, **job)
             await self._boot(slot, LIMITS, HOSTNAME, None)
+            await self._makers.do("warm_up", slot=slot.slot)
             boxes.mark_warm(self._cfg, slot.slot)
         except BaseException:
             self._doomed.append(slot)
