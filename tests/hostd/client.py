@@ -190,13 +190,14 @@ class Watch:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
-    def next(self, seconds: float = 10.0, heartbeats: bool = False) -> dict[str, Any]:
-        """The next event, heartbeats left out unless they are wanted."""
+    def next(self, seconds: float = 10.0, heartbeats: bool = False, notices: bool = False) -> dict[str, Any]:
+        """The next event; heartbeats and notices are left out unless they are wanted."""
         deadline = time.monotonic() + seconds
         while True:
             self.connection.socket.settimeout(max(0.001, deadline - time.monotonic()))
             event = dict(messages.parse_event(self.connection.line()))
-            if heartbeats or event["event"] != "heartbeat":
+            wanted = {"heartbeat": heartbeats, "notice": notices}
+            if wanted.get(event["event"], True):
                 return event
 
     def ack(self, *pairs: tuple[str, str]) -> None:
