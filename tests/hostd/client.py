@@ -197,7 +197,7 @@ class Watch:
             self.connection.socket.settimeout(max(0.001, deadline - time.monotonic()))
             event = dict(messages.parse_event(self.connection.line()))
             wanted = {"heartbeat": heartbeats, "notice": notices}
-            if wanted.get(event["event"], True):
+            if wanted.get(str(event["event"]), True):
                 return event
 
     def ack(self, *pairs: tuple[str, str]) -> None:
