@@ -6,6 +6,7 @@ Fields here differ from DRF's in one way: they never convert. ``"5"`` is not a n
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -15,10 +16,15 @@ import orjson
 from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
+from rest_framework.validators import ProhibitSurrogateCharactersValidator
 
 from api.errors import BadRequest
 
 MAX_DEPTH = 64
+VALUES_MAX = 100_000
+"""Values in one body. Each costs the process ten times and more what it costs the sender."""
+NAMED_MAX = 10
+"""Unknown fields that an error names."""
 METADATA_KEYS_MAX = 64
 METADATA_VALUE_MAX = 1024
 _METADATA_KEY = re.compile(r"[A-Za-z0-9_./-]{1,128}")
@@ -30,8 +36,10 @@ def parse_json(raw: bytes) -> Any:
     """The JSON value in ``raw``.
 
     Raises BadRequest for anything but UTF-8 JSON: NaN and Infinity, lone surrogates, NUL characters anywhere, nesting
-    deeper than MAX_DEPTH.
+    deeper than MAX_DEPTH, more than VALUES_MAX values.
     """
+    if len(raw) > 2 * VALUES_MAX and _has_more_values(raw, VALUES_MAX):
+        raise BadRequest(f"the body has more than {VALUES_MAX} values")
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -53,6 +61,19 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRequest("the body must be a JSON object")
     return value
+
+
+def _has_more_values(raw: bytes, most: int) -> bool:
+    """Whether there are more than about ``most`` values in JSON, told without making them: by what separates them.
+
+    Texts count by their quotes, so what is no JSON is bounded as well. Quick on a long text, which a file's body is.
+    """
+    if b"\\" in raw:
+        raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # now every quote begins or ends a text
+    pieces = raw.split(b'"', 2 * most + 1)
+    if len(pieces) > 2 * most + 1:
+        return True
+    return sum(piece.count(mark) for piece in pieces[::2] for mark in (b",", b"[", b"{")) > most
 
 
 def _refuse_nul(value: Any) -> None:
@@ -81,7 +102,7 @@ def refuse_unknown(data: Mapping[str, Any], known: set[str] | frozenset[str]) ->
     unknown = sorted(set(data) - known)
     if unknown:
         raise BadRequest(
-            f"unknown field{'s' if len(unknown) > 1 else ''}: {', '.join(name[:80] for name in unknown[:10])}"
+            f"unknown field{'s' if len(unknown) > 1 else ''}: {', '.join(name[:80] for name in unknown[:NAMED_MAX])}"
         )
 
 
@@ -90,9 +111,10 @@ class StrictSerializer(serializers.Serializer[Any]):
 
     def to_internal_value(self, data: Any) -> Any:
         if isinstance(data, Mapping):
-            unknown = {str(name)[:80]: ["unknown field"] for name in data if name not in self.fields}
-            if unknown:
-                raise serializers.ValidationError(unknown)
+            known = self.fields
+            unknown = itertools.islice((str(name)[:80] for name in data if name not in known), NAMED_MAX)
+            if named := {name: ["unknown field"] for name in unknown}:
+                raise serializers.ValidationError(named)
         return super().to_internal_value(data)
 
 
@@ -117,6 +139,8 @@ class TextField(serializers.CharField):
         options.setdefault("allow_blank", True)
         options.setdefault("trim_whitespace", False)
         super().__init__(**options)
+        # It looks at each character in Python, seconds for a file's text, and for what no JSON body can bring in.
+        self.validators = [one for one in self.validators if not isinstance(one, ProhibitSurrogateCharactersValidator)]
 
     def to_internal_value(self, data: Any) -> str:
         if not isinstance(data, str):

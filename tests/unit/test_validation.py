@@ -1,5 +1,6 @@
 """Strict JSON and strict fields: what is ambiguous is refused, and the message names it."""
 
+import orjson
 import pytest
 from rest_framework.exceptions import ValidationError
 
@@ -7,6 +8,8 @@ from api.errors import BadRequest, to_api_error
 from api.pages import MAX_LIMIT, parse_page
 from api.validation import (
     MAX_DEPTH,
+    NAMED_MAX,
+    VALUES_MAX,
     FlagField,
     MetadataField,
     NumberField,
@@ -146,3 +149,37 @@ def test_pages(query, page):
 def test_pages_refuse_junk(query):
     with pytest.raises(BadRequest, match=next(iter(query))):
         parse_page(query)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"a": [' + b"[]," * VALUES_MAX + b"[]]}",
+        b'["' + b'\\\\","' * VALUES_MAX + b'"]',
+        b"{" + b",".join(b'"%d":1' % number for number in range(VALUES_MAX + 1)) + b"}",
+        b'"' * (4 * VALUES_MAX),
+    ],
+    ids=["lists", "texts", "keys", "quotes"],
+)
+def test_more_values_than_the_limit_are_refused_before_they_are_made(raw: bytes) -> None:
+    with pytest.raises(BadRequest, match=f"more than {VALUES_MAX} values"):
+        parse_object(raw)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [",[{" * VALUES_MAX, '"\\' * VALUES_MAX, "\\" * VALUES_MAX, '\\",' * VALUES_MAX],
+    ids=["marks", "quotes", "backslashes", "both"],
+)
+def test_a_long_text_is_one_value_whatever_is_in_it(text: str) -> None:
+    assert parse_object(orjson.dumps({"a": text})) == {"a": text}
+
+
+def test_unknown_fields_are_named_up_to_a_bound() -> None:
+    serializer = Many(data={f"x{number}": 1 for number in range(1000)})
+    assert not serializer.is_valid()
+    assert len(serializer.errors) == NAMED_MAX
+
+
+class Many(StrictSerializer):
+    pass
