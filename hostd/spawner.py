@@ -226,8 +226,6 @@ def _start_shell(sock: _socket.socket, request: dict[str, Any]) -> None:
         os.fchown(slave, request["uid"], -1)
         pid, pidfd = procs.clone_child_with_pidfd()
         if pid == 0:
-            os.setsid()
-            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
             _become(sock, request, {0: slave, 1: slave, 2: slave})
         opened.append(pidfd)
         packets.send(sock, {"n": request["n"], "ends": ["master", "pidfd"]}, [master, pidfd])
@@ -325,6 +323,9 @@ def _become(sock: _socket.socket, request: dict[str, Any], ends: dict[int, int])
         apart = {number: fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, PROGRAM + 1) for number, file in ends.items()}
         for number, file in apart.items():
             os.dup2(file, number)
+        if "terminal" in request:
+            what = "its terminal"
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the box's root may have been quicker, and taken it
         what = request["cwd"]
         _change_directory(what, request["cwd_required"])
         what = request["argv"][0]
@@ -341,8 +342,7 @@ def _become(sock: _socket.socket, request: dict[str, Any], ends: dict[int, int])
 
 def _take_ids(request: dict[str, Any]) -> None:
     uid, gid = request["uid"], request["gid"]
-    if "terminal" not in request:  # it has its session already
-        os.setsid()
+    os.setsid()
     os.setgroups(_groups(request["name"], gid))
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
