@@ -93,14 +93,11 @@ class Request:
 
     @property
     def query(self) -> dict[str, str]:
-        return {name: value for name, value in self.query_items() if value}
+        return query_of(self.scope)
 
     def query_items(self) -> list[tuple[str, str]]:
         """Every pair of the query in order, empty values too. Raises BadRequest for more than 1,000."""
-        try:
-            return parse_qsl(self.scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=1000)
-        except ValueError as error:
-            raise BadRequest(f"the query is not valid: {error}") from None
+        return _query_items(self.scope)
 
     @property
     def request_id(self) -> str | None:
@@ -212,6 +209,18 @@ def headers_of(scope: Scope) -> dict[str, str]:
         name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
         headers[name] = f"{headers[name]}{'; ' if name == 'cookie' else ', '}{value}" if name in headers else value
     return headers
+
+
+def query_of(scope: Scope) -> dict[str, str]:
+    """A request's query: the last value wins, an empty one counts as absent. Raises BadRequest for over 1,000."""
+    return {name: value for name, value in _query_items(scope) if value}
+
+
+def _query_items(scope: Scope) -> list[tuple[str, str]]:
+    try:
+        return parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=1000)
+    except ValueError as error:
+        raise BadRequest(f"the query is not valid: {error}") from None
 
 
 Authenticate = Callable[[Mapping[str, str]], Awaitable[Caller]]

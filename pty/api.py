@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 from django.conf import settings
 
 from api.asynchronous import Request, Response, in_database, json_response
-from api.errors import BadRequest
+from api.errors import BadRequest, Forbidden
 from api.validation import refuse_unknown
 from pty import services, sessions
 from pty.schemas import PtyControlParameters
@@ -38,6 +38,8 @@ async def create_pty_tunnel(request: Request) -> Response:
 async def connect(request: Request) -> Response:
     """Make the session, or find it. Succeeds while another client is attached: that is decided at the WebSocket."""
     name = sessions.checked_name(request.params["session_name"])
+    if request.caller.read_only:  # a GET by the contract, and yet it starts a shell
+        raise Forbidden("this API key may only read: attach with mode=view")
     context = await sessions.context_of(request.caller, devbox_id_of(request))
     found = await sessions.open_session(context, name, sessions.size_from_query(request.query))
     url = f"/pty/{name}/attach"

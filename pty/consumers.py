@@ -12,14 +12,13 @@ import contextlib
 import logging
 import time
 from typing import Any, Final
-from urllib.parse import parse_qsl
 
 from channels.generic.websocket import AsyncWebsocketConsumer
 
 from accounts.caps import limits, open_socket
-from api.asynchronous import authenticate, headers_of
+from api.asynchronous import authenticate, headers_of, query_of
 from api.callers import Caller
-from api.errors import ApiError, BadRequest, Unauthorized
+from api.errors import ApiError, BadRequest, Forbidden, Unauthorized
 from api.stopping import going_down
 from api.threads import in_database
 from api.websockets import refuse
@@ -60,14 +59,14 @@ class TerminalConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]  # channel
         self._pump = asyncio.create_task(self._send_output())
 
     async def _attach(self, offered: list[str]) -> None:
-        query = dict(parse_qsl(self.scope["query_string"].decode("latin-1"), max_num_fields=50))
+        query = query_of(self.scope)
         caller, devbox_id = await _who(self.scope, offered, query)
         name = sessions.checked_name(self.scope["url_route"]["kwargs"]["session_name"])
         if query.get("mode", "write") not in ("write", "view"):
             raise BadRequest("mode: must be write or view")
         view = query.get("mode") == "view"
         if caller.read_only and not view:
-            raise BadRequest("this API key may only read: attach with mode=view")
+            raise Forbidden("this API key may only read: attach with mode=view")
         cap = (await in_database(limits, caller.account_id)).open_streams
         self._held.enter_context(open_socket(caller.account_id, cap))
         context = await sessions.context_of(caller, devbox_id)

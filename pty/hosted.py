@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from urllib.parse import parse_qsl
 
-from api.asynchronous import Request, Response, Route, Routes, bearer_token, headers_of, serve
+from api.asynchronous import Request, Response, Route, Routes, bearer_token, headers_of, query_of, serve
 from api.bodies import Receive, Scope, Send
 from api.callers import Caller
 from api.errors import NotFound
@@ -52,7 +51,7 @@ async def serve_hosted(scope: Scope, receive: Receive, send: Send) -> None:
     route, params = _routes.find(scope["method"], scope["path"]) or (Route(scope["method"], "", _nothing), {})
 
     async def authenticate(headers: Mapping[str, str]) -> Caller:
-        query = dict(parse_qsl(scope["query_string"].decode("latin-1"), max_num_fields=50))
+        query = query_of(scope)
         caller, params["devbox_id"] = await caller_of_tunnel(key, headers, query)
         return caller
 
