@@ -20,7 +20,7 @@ import orjson
 from django.conf import settings
 from django.utils.module_loading import import_string
 
-from api.bodies import Body, ClientGone, Receive, Scope, Send, declared_length
+from api.bodies import Body, ClientGone, Receive, Scope, Send, cut_off, declared_length
 from api.callers import Caller
 from api.errors import ApiError, BadRequest, Forbidden, Unauthorized, to_api_error
 from api.permissions import READ_ONLY_MESSAGE
@@ -250,7 +250,7 @@ async def serve(
             if isinstance(response, Response) and len(response.body) > LARGE_ANSWER:
                 request.body.take_for_answer(len(response.body))
         except ClientGone:
-            return
+            response = error_response(cut_off())
         except Exception as error:
             response = error_response(to_api_error(error))
         await _answer(response, request, scope, send)

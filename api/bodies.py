@@ -25,6 +25,11 @@ class ClientGone(Exception):
     """The client closed the connection; there is nobody to answer."""
 
 
+def cut_off() -> BadRequest:
+    """The answer to who cannot hear it any more, or has sent chunks that are none: the server tells neither apart."""
+    return BadRequest("the request ended before its body was complete, or its chunks are malformed")
+
+
 class BodyTooSlow(ApiError):
     status = 408
     code = "body_timeout"

@@ -19,7 +19,7 @@ from django.core.handlers.exception import convert_exception_to_response
 from django.core.handlers.wsgi import WSGIHandler
 
 from api.asynchronous import authenticate, error_response, headers_of
-from api.bodies import Body, ClientGone, Receive, Scope, Send, declared_length
+from api.bodies import Body, ClientGone, Receive, Scope, Send, cut_off, declared_length
 from api.errors import Unavailable, to_api_error
 
 # More than this of an API request's body is accepted only from a known caller.
@@ -77,10 +77,8 @@ class Bridge:
                     )
                 finally:
                     self._inside -= 1
-            except ClientGone:
-                return
             except Exception as error:
-                answer = error_response(to_api_error(error))
+                answer = error_response(to_api_error(cut_off() if isinstance(error, ClientGone) else error))
                 status, content = answer.status, answer.body
                 head = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers.items()]
         finally:

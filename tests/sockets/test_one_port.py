@@ -102,6 +102,14 @@ def test_a_body_over_the_bound_is_413(served, key):
             assert answer.startswith(b"HTTP/1.1 413"), answer
 
 
+@pytest.mark.parametrize("path", ["/v1/t/1/echo", "/v1/devboxes"])
+def test_chunks_that_are_none_are_the_senders_fault(served, key, path):
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: {key.headers['authorization']}\r\n"
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as client:
+        client.sendall(head.encode() + b"transfer-encoding: chunked\r\n\r\n1\r\n{\r\nZZ\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.1 400 ")
+
+
 def test_underscored_headers_do_not_pass_for_dashed_ones(served, key):
     with socket.create_connection(("127.0.0.1", served.port)) as raw:
         raw.settimeout(5)
