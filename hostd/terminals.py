@@ -69,6 +69,7 @@ class Attachment:
         self._events = polling.READ
         self._moved_at = time.monotonic()
         terminal.poller.on(descriptor, self._ready, self._events)
+        terminal.clients.add(self)
 
     def say(self, message: dict[str, Any]) -> None:
         """Queue the answer line."""
@@ -125,11 +126,14 @@ class Attachment:
         if self._closed:
             return
         events = polling.WRITE if self._out else 0
-        if not self._ending and self._terminal.takes_input():
+        if not self._ending and self._may_say_more():
             events |= polling.READ
         if events != self._events:
             self._events = events
             self._terminal.poller.change(self._sock.fileno(), events)
+
+    def _may_say_more(self) -> bool:
+        return not self.writes or self._terminal.takes_input()
 
     def stalled(self, now: float) -> bool:
         """Has it taken nothing for too long?"""
@@ -159,7 +163,7 @@ class Attachment:
 
     def take_input(self) -> None:
         """Hand over the input that has come, as far as the session takes it."""
-        while self._in and self._terminal.takes_input() and not self._closed:
+        while self._in and self._may_say_more() and not self._closed:
             if not self._frame:
                 if len(self._in) < 4:
                     break
@@ -181,6 +185,7 @@ class Attachment:
         if self._closed:
             return
         self._closed = True
+        self._terminal.clients.discard(self)
         self._terminal.poller.off(self._sock.fileno())
         self._sock.close()
         self._out = []
@@ -192,7 +197,7 @@ class Terminal:
 
     def __init__(self, terminals: Terminals, name: str, cols: int, rows: int, ttl: float) -> None:
         self._terminals, self.name, self.cols, self.rows, self._ttl = terminals, name, cols, rows, ttl
-        self.poller = terminals.poller
+        self.poller, self.clients = terminals.poller, terminals.clients
         self.state = "asked"
         self.failure: Refused | None = None
         self.waiters: list[Callable[[], None]] = []
@@ -395,12 +400,6 @@ class Terminal:
             self._timer.cancel()
             self._timer = None
 
-    def sweep(self, now: float) -> None:
-        """Send away who takes nothing."""
-        for attachment in list(self._attached):
-            if attachment.stalled(now):
-                attachment.close()
-
     # --- control
 
     def resize(self, cols: int, rows: int) -> None:
@@ -441,6 +440,7 @@ class Terminals:
     def __init__(self, poller: polling.Poller, spawner: SpawnerLink) -> None:
         self.poller, self._spawner = poller, spawner
         self._named: dict[str, Terminal] = {}
+        self.clients: set[Attachment] = set()  # those that are still to take the end of a session, too
 
     def handle(self, client: Any, request: dict[str, Any], body: bytes) -> None:
         """Carry one `terminal` request out. Raises Refused."""
@@ -514,8 +514,9 @@ class Terminals:
     def sweep(self) -> None:
         """Look after clients that have gone without a word."""
         now = time.monotonic()
-        for terminal in list(self._named.values()):
-            terminal.sweep(now)
+        for attachment in list(self.clients):
+            if attachment.stalled(now):
+                attachment.close()
 
     def box_gone(self) -> None:
         """The box has stopped."""

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hostd import terminals
+from hostd import polling, terminals
 from tests.hostd.bare_box import USER, Box, Client, Host, pss_kb
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces of other users")
@@ -251,3 +252,25 @@ def test_with_its_keeper_the_shell_ends_and_commands_do_not(box: Box) -> None:
     assert ask(box, "nine", "open")["created"] is True
     ask(box, "nine", "close")
     assert box.wait("exe_beside")["exit"] == 0
+
+
+def test_who_never_takes_the_end_of_a_session_is_let_go_of_in_the_end() -> None:
+    poller = polling.Poller()
+    all_of_them = terminals.Terminals(poller, None)  # type: ignore[arg-type]  # no shell is asked for
+    terminal = terminals.Terminal(all_of_them, "left", 80, 24, 300.0)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        terminal.attach(lambda: (ours.detach(), b""), writes=True, takeover=False, replay=True)
+        terminal._append(b"x" * 2 * terminals.RING_BYTES)
+        terminal.state = "running"
+        terminal._end("closed")
+        (client,) = all_of_them.clients
+        all_of_them.sweep()
+        assert all_of_them.clients, "it has its time"
+        client._moved_at -= 2 * terminals.STALL_S
+        all_of_them.sweep()
+        assert not all_of_them.clients
+        theirs.settimeout(5)
+        while theirs.recv(1 << 20):
+            pass
+    os.close(poller.fileno())
