@@ -227,7 +227,7 @@ class Terminal:
 
     def failed(self, code: str, why: str) -> None:
         """The spawner could not."""
-        self.failure = Refused(code, why)
+        self.failure = Refused("box_io" if code == "internal" else code, why)  # what it lacks is the box's own affair
         self._terminals.forget(self)
         self.state = "ended"
         self._tell()

@@ -91,7 +91,7 @@ class Transfer:
     def _failed(self, code: str, why: str) -> None:
         self._transfers.end()
         if not self._left:
-            self._client.take_back(Refused(code, why))
+            self._client.take_back(Refused("box_io" if code == "internal" else code, why))  # the box's own affair
 
     def _client_gone(self) -> None:
         self._left = True

@@ -65,8 +65,8 @@ def _told(context: ExecutionContext, name: str) -> Iterator[None]:
                 raise Conflict(f"terminal session {name[:80]} has a client attached", code="attached") from error
             case "busy" | "not_ready" | "unknown_box" | "lost" | "no_space":
                 raise Unavailable(f"the terminal cannot be opened at the moment: {error.message}") from error
-            case "bad_request":
-                raise BadRequest(error.message) from error
+            case "bad_request" | "box_io":
+                raise BadRequest(error.message, code=error.code) from error
         raise ApiError(f"the host of devbox {context.devbox_id} could not do it: {error.message}") from error
 
 

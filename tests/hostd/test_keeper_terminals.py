@@ -274,3 +274,12 @@ def test_who_never_takes_the_end_of_a_session_is_let_go_of_in_the_end() -> None:
         while theirs.recv(1 << 20):
             pass
     os.close(poller.fileno())
+
+
+def test_what_the_box_cannot_start_is_its_own_affair() -> None:
+    poller = polling.Poller()
+    terminal = terminals.Terminal(terminals.Terminals(poller, None), "no", 80, 24, 300.0)  # type: ignore[arg-type]
+    terminal.failed("internal", "the box refused to start it: No such file or directory")
+    assert terminal.failure is not None
+    assert terminal.failure.code == "box_io"
+    os.close(poller.fileno())
