@@ -95,10 +95,6 @@ class Request:
     def query(self) -> dict[str, str]:
         return query_of(self.scope)
 
-    def query_items(self) -> list[tuple[str, str]]:
-        """Every pair of the query in order, empty values too. Raises BadRequest for more than 1,000."""
-        return _query_items(self.scope)
-
     @property
     def request_id(self) -> str | None:
         """The ``x-request-id`` a client deduplicates by."""
@@ -213,12 +209,8 @@ def headers_of(scope: Scope) -> dict[str, str]:
 
 def query_of(scope: Scope) -> dict[str, str]:
     """A request's query: the last value wins, an empty one counts as absent. Raises BadRequest for over 1,000."""
-    return {name: value for name, value in _query_items(scope) if value}
-
-
-def _query_items(scope: Scope) -> list[tuple[str, str]]:
     try:
-        return parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=1000)
+        return dict(parse_qsl(scope["query_string"].decode("latin-1"), max_num_fields=1000))
     except ValueError as error:
         raise BadRequest(f"the query is not valid: {error}") from None
 

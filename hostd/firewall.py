@@ -100,16 +100,6 @@ def remove(cfg: HostConfig) -> None:
     _nft("-f", "-", text=f"add table inet {cfg.firewall_table}\ndelete table inet {cfg.firewall_table}\n")
 
 
-def is_loaded(cfg: HostConfig) -> bool:
-    done = subprocess.run(
-        ["nft", "list", "chain", "inet", cfg.firewall_table, "forward"],
-        capture_output=True,
-        timeout=_SECONDS,
-        check=False,
-    )
-    return done.returncode == 0
-
-
 def dropping_forward_chains() -> list[str]:
     """Chains of others that drop forwarded packets by policy, as Docker's does: they would cut boxes off, whatever our
     own table accepts. Each as `family table chain`."""

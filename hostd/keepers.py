@@ -113,9 +113,6 @@ class Keepers:
     def link(self, slot: str) -> Link | None:
         return self._links.get(slot)
 
-    def of_box(self, box: str) -> Link | None:
-        return self._by_box.get(box)
-
     @property
     def slots(self) -> list[str]:
         return list(self._links)
