@@ -21,6 +21,7 @@ class PtyTunnel(models.Model):
     id = models.TextField(primary_key=True, default=tunnel_id, editable=False)
     devbox = models.ForeignKey("devboxes.Devbox", on_delete=models.CASCADE, related_name="+")
     account_id = models.TextField()
+    key_id = models.TextField(help_text="The API key that made it: when that one ends, so does this.")
     key_sha256 = models.BinaryField(unique=True)
     token_sha256 = models.BinaryField()
     created_at = models.DateTimeField(db_default=Now(), editable=False)

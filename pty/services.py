@@ -31,9 +31,9 @@ def create_tunnel(caller: Caller, devbox_id: str) -> tuple[str, str]:
     token = secrets.token_urlsafe(32).replace("-", "x").replace("_", "y")
     with connection.cursor() as cursor:
         cursor.execute(
-            "INSERT INTO pty_ptytunnel (id, devbox_id, account_id, key_sha256, token_sha256, expires_at) "
-            f"VALUES (%s, %s, %s, %s, %s, now() + interval '{LIFE_HOURS} hours')",
-            [new_id("ptt"), context.devbox_id, context.account_id, _hash(key), _hash(token)],
+            "INSERT INTO pty_ptytunnel (id, devbox_id, account_id, key_id, key_sha256, token_sha256, expires_at) "
+            f"VALUES (%s, %s, %s, %s, %s, %s, now() + interval '{LIFE_HOURS} hours')",
+            [new_id("ptt"), context.devbox_id, context.account_id, caller.key_id or "", _hash(key), _hash(token)],
         )
     return key, token
 
@@ -44,8 +44,9 @@ def _hash(secret: str) -> bytes:
 
 _FIND: Final = """
 SELECT t.devbox_id, t.account_id, t.token_sha256, a.status
-  FROM pty_ptytunnel t JOIN accounts_account a ON a.id = t.account_id
+  FROM pty_ptytunnel t JOIN accounts_account a ON a.id = t.account_id JOIN accounts_apikey k ON k.id = t.key_id
  WHERE t.key_sha256 = %s AND t.expires_at > now()
+   AND k.revoked_at IS NULL AND coalesce(k.expires_at > now(), true)
 """
 
 

@@ -63,6 +63,15 @@ def test_its_day_ends(alice: Party, devbox: str) -> None:
     assert services.authenticate_tunnel(*still)[1] == devbox
 
 
+def test_it_ends_with_the_api_key_that_made_it(alice: Party, devbox: str) -> None:
+    key, token = made(alice, devbox)
+    assert services.authenticate_tunnel(key, token)[1] == devbox
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE accounts_apikey SET revoked_at = now()")
+    with pytest.raises(Unauthorized):
+        services.authenticate_tunnel(key, token)
+
+
 def test_whose_devbox_it_is(alice: Party, bob: Party, charlie: Party, devbox: str) -> None:
     assert charlie.post(f"/v1/devboxes/{devbox}/create_pty_tunnel").status_code == 404
     assert bob.post(f"/v1/devboxes/{devbox}/create_pty_tunnel").status_code == 200
