@@ -284,6 +284,7 @@ def kill_if_same(pid: int, start: int) -> None:
     try:
         if start and start_time(pid) == start:
             kill(pidfd)
+            signal_group(pid, signals.SIGKILL)  # what it led, as long as it is there
     finally:
         os.close(pidfd)
 

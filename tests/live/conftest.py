@@ -248,7 +248,7 @@ def berth(live_folder: Path) -> Iterator[Berth]:
         BERTH_STATS_SECONDS="5",
         BERTH_BIND=f"127.0.0.1:{free_port()}",
         BERTH_FAULT_FILE=fault,
-        BERTH_OUTPUT_CAP=str(16 << 20),
+        BERTH_OUTPUT_CAP=str(64 << 20),
     )
     up.state.create()
     marks = traces.Marks.of(up.state)
