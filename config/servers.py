@@ -354,6 +354,8 @@ def _sshd(state: State, memory: _Memory) -> Service:
     # when it was told to use sudo instead.
     with open("/etc/shadow") as shadow:
         locked = any(line.startswith("root:!") for line in shadow)
+    # Bash reads ~/.bashrc of root's for each command that comes over SSH, and what that starts may wait for long or be
+    # killed half-way with the connection: our logins have a home of their own, which is empty.
     # StrictModes would refuse keys below a world-writable folder, and a throwaway installation lives below /tmp; every
     # file named here was made by root, in folders of root's.
     config = f"""\
@@ -380,6 +382,7 @@ MaxStartups 100:30:200
 Subsystem sftp internal-sftp
 Match User root
     AuthorizedKeysFile {keys}
+    SetEnv HOME={home}
     AllowTcpForwarding no
 Match User berth-link-*
     AllowTcpForwarding local

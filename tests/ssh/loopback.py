@@ -60,6 +60,7 @@ HostKey {folder}/host_key
 PidFile none
 AuthorizedKeysFile {keys}
 StrictModes no
+SetEnv HOME={folder}
 UsePAM no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
