@@ -264,3 +264,15 @@ def touch(devbox_id: str) -> None:
     """Note that something of the devbox was used. Cheap: writes once in ten seconds per process."""
     if _touched.due(devbox_id):
         keep_alive(devbox_id)
+
+
+def use_running(caller: Caller, devbox_id: str, what: str) -> selectors.ExecutionContext:
+    """The context of a running devbox, whose use is noted. `what` is possible while it runs only, for the error.
+
+    Raises NotFound, BadRequest when it does not run.
+    """
+    context = selectors.execution_context(caller, devbox_id)
+    if context.status != "running" or context.host_id is None:
+        raise BadRequest(f"devbox {context.devbox_id} is {context.status}; {what} while it is running")
+    touch(context.devbox_id)
+    return context

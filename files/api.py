@@ -18,10 +18,10 @@ from django.utils.http import content_disposition_header
 from accounts.caps import CountedStream, limits
 from api.asynchronous import Request, Response, StreamResponse, in_database, json_response
 from api.errors import ApiError, BadRequest, NotFound, TooLarge, TooManyRequests, Unavailable
+from api.validation import validated
 from devboxes import logs
-from devboxes import selectors as devboxes
 from devboxes.selectors import ExecutionContext
-from devboxes.services import touch
+from devboxes.services import use_running
 from files import forms
 from files.schemas import DevboxDownloadFileParameters, DevboxReadFileParameters, DevboxWriteFileParameters
 from hostd.messages import User
@@ -41,19 +41,9 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 _NO_RETRY: Final = {"x-should-retry": "false"}
 
 
-def _parsed(serializer: Any) -> dict[str, Any]:
-    serializer.is_valid(raise_exception=True)
-    data: dict[str, Any] = serializer.validated_data
-    return data
-
-
 async def _context(request: Request) -> ExecutionContext:
     """The running devbox. Raises NotFound, BadRequest when it does not run."""
-    context = await in_database(devboxes.execution_context, request.caller, request.params["id"])
-    if context.status != "running" or context.host_id is None:
-        raise BadRequest(f"devbox {context.devbox_id} is {context.status}; its files can be used while it is running")
-    await in_database(touch, context.devbox_id)
-    return context
+    return await in_database(use_running, request.caller, request.params["id"], "its files can be used")
 
 
 async def _logged(context: ExecutionContext, what: str, path: str, size: int) -> None:
@@ -103,7 +93,7 @@ def _error(context: ExecutionContext, error: HostRefused) -> ApiError:
 
 async def read_file_contents(request: Request) -> Response:
     """A text file as it is."""
-    path = _parsed(DevboxReadFileParameters(data=await request.json()))["file_path"]
+    path = validated(DevboxReadFileParameters, await request.json())["file_path"]
     context = await _context(request)
     with _told(context):
         async with _read(context, path, limit=TEXT_MAX, text=True) as file:
@@ -116,7 +106,7 @@ async def read_file_contents(request: Request) -> Response:
 async def write_file_contents(request: Request) -> Response:
     """A text file, made or replaced at once and whole."""
     try:
-        given = _parsed(DevboxWriteFileParameters(data=await request.json(TEXT_BODY_MAX)))
+        given = validated(DevboxWriteFileParameters, await request.json(TEXT_BODY_MAX))
         data = given["contents"].encode()
         if len(data) > TEXT_MAX:
             raise TooLarge("")
@@ -181,7 +171,7 @@ def _part(name: str, seen: set[str]) -> str:
 
 async def download_file(request: Request) -> Response | StreamResponse:
     """A file of any kind and size, or one range of it."""
-    path = _parsed(DevboxDownloadFileParameters(data=await request.json()))["path"]
+    path = validated(DevboxDownloadFileParameters, await request.json())["path"]
     context = await _context(request)
     wanted = _range(request.headers.get("range"))
     cap = (await in_database(limits, request.caller.account_id)).open_streams

@@ -6,14 +6,14 @@ parameter `devbox_id` (then an API key is).
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlencode
 
 from django.conf import settings
 
 from api.asynchronous import Request, Response, in_database, json_response
 from api.errors import BadRequest, Forbidden
-from api.validation import refuse_unknown
+from api.validation import refuse_unknown, validated
 from pty import services, sessions
 from pty.schemas import PtyControlParameters
 
@@ -63,9 +63,7 @@ async def connect(request: Request) -> Response:
 async def control(request: Request) -> Response:
     """Resize, signal or close the session."""
     name = sessions.checked_name(request.params["session_name"])
-    serializer: Any = PtyControlParameters(data=await request.json())
-    serializer.is_valid(raise_exception=True)
-    given = serializer.validated_data
+    given = validated(PtyControlParameters, await request.json())
     context = await sessions.context_of(request.caller, devbox_id_of(request))
     await sessions.control_session(context, name, given["action"], given)
     return json_response({"session_name": name, "status": "closed" if given["action"] == "close" else "ready"})

@@ -21,7 +21,7 @@ from api.errors import ApiError, BadRequest, Conflict, NotFound, Unavailable
 from api.threads import in_database
 from devboxes import selectors as devboxes
 from devboxes.selectors import ExecutionContext
-from devboxes.services import touch
+from devboxes.services import use_running
 from hosts.client import HostRefused, HostUnreachable, async_client_for
 from hosts.terminals import Attached
 
@@ -72,11 +72,7 @@ def _told(context: ExecutionContext, name: str) -> Iterator[None]:
 
 async def context_of(caller: Caller, devbox_id: str) -> ExecutionContext:
     """The running devbox. Raises NotFound, BadRequest when it does not run."""
-    context = await in_database(devboxes.execution_context, caller, devbox_id)
-    if context.status != "running" or context.host_id is None:
-        raise BadRequest(f"devbox {context.devbox_id} is {context.status}; terminals are there while it is running")
-    await in_database(touch, context.devbox_id)
-    return context
+    return await in_database(use_running, caller, devbox_id, "terminals are there")
 
 
 async def open_session(context: ExecutionContext, name: str, size: Mapping[str, int]) -> dict[str, Any]:
