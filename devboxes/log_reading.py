@@ -17,6 +17,7 @@ from api.threads import in_database
 from devboxes.log_lines import LATER, LogEntry
 from devboxes.log_sources import Scope, newest_events, sources
 from devboxes.log_works import Cursor, Output, Work, host_output, late_output, newest
+from devboxes.log_works import Told as Lines
 from hosts.client import AsyncHostClient, HostError, HostRefused, async_client_for
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 ANSWER_BYTES: Final = 4 * 1024 * 1024
 """What the entries of one answer may weigh."""
 WORKS_AT_ONCE: Final = 8
+MOVED_PAUSES: Final = (0.02, 0.2)
+"""Seconds before an output that could not be read is looked for again."""
 
 Told = Mapping[str, Any]
 """A command's line of the host's `sizes`."""
@@ -149,8 +152,7 @@ async def _newest_of(
             output, work.began_ms = await host_output(client, scope.devbox_id, work.id)
             told = await newest(work, output, cursor.told, limit, whole=whole)
         else:
-            kept = await work.output() if work.output is not None else None
-            told = await newest(work, kept or _EMPTY, cursor.told, limit, whole=True)
+            told, cursor = await _newest_kept(work, limit)
         entries = told.entries
         if told.left_out:
             found.left_out = True
@@ -178,6 +180,21 @@ async def _newest_of(
     if work.ended_ms is not None:
         found.over.add(work.id)
     return entries
+
+
+async def _newest_kept(work: Work, limit: int) -> tuple[Lines, Cursor]:
+    """The newest of one that has completed. Its output may move from host to S3 between looking where it is and
+    reading it, so it is looked for again. Raises what the last try raised."""
+    for pause in (*MOVED_PAUSES, None):
+        cursor = Cursor()
+        try:
+            kept = await work.output() if work.output is not None else None
+            return await newest(work, kept or _EMPTY, cursor.told, limit, whole=True), cursor
+        except Exception:
+            if pause is None:
+                raise
+            await asyncio.sleep(pause)
+    raise AssertionError("the last try has returned or raised")
 
 
 GONE: Final = "[its output cannot be read at the moment]"

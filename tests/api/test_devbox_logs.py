@@ -206,6 +206,17 @@ def test_outputs_in_s3_and_lost_ones(world, alice, monkeypatch):
     monkeypatch.setattr(objects, "get_range", lambda key, start, length: body[start : start + length])
     assert messages(read(world, alice)) == [str(n) for n in range(1000)]
 
+    tries: list[str] = []
+
+    def moved_once(key: str, start: int, length: int) -> bytes:
+        tries.append(key)
+        if len(tries) == 1:
+            raise objects.StorageError("read", key, "moved while it was looked for")
+        return body[start : start + length]
+
+    monkeypatch.setattr(objects, "get_range", moved_once)
+    assert messages(read(world, alice)) == [str(n) for n in range(1000)] and len(tries) > 1
+
     def broken(*_: Any) -> bytes:
         raise objects.StorageError("read", "a key", "away")
 
