@@ -164,10 +164,13 @@ def test_a_fork_bomb_ends_in_refusals(box: RealBox) -> None:
     assert box.ask(verb="state", id="exe_home")["exit"] == 0
 
 
-def test_an_idle_box_is_small(host: RealHost) -> None:
-    box = RealBox(host)
-    box.run("exe_one", "true")
-    total = sum(pss_kb(pid) for pid in (box.pid, box.spawner(), box.made.init_pid))
-    assert total < 8192, f"{total} kB"
-    box.close()
-    host.boxes.remove(box)
+def test_idle_boxes_are_small(host: RealHost) -> None:
+    """Several, since what one alone maps of Python is charged to it, and is shared on any real host."""
+    boxes = [RealBox(host) for _ in range(4)]
+    for box in boxes:
+        box.run("exe_one", "true")
+    each = [sum(pss_kb(pid) for pid in (box.pid, box.spawner(), box.made.init_pid)) for box in boxes]
+    assert sum(each) / len(each) < 8192, f"{each} kB"
+    for box in boxes:
+        box.close()
+        host.boxes.remove(box)
