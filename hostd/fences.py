@@ -52,10 +52,6 @@ class Fences:
         known = self._known.get(box)
         return known.fence if known else 0
 
-    def is_gone(self, box: str) -> bool:
-        known = self._known.get(box)
-        return known is not None and known.gone_at is not None
-
     @asynccontextmanager
     async def held(self, box: str, fence: int, *, ending: bool = False) -> AsyncIterator[None]:
         """Hold the devbox while its verb takes effect.

@@ -262,28 +262,8 @@ class Sizes(TypedDict):
     started_at_ms: int
 
 
-class SizesReply(TypedDict):
-    executions: list[Sizes]
-
-
 class ListReply(TypedDict):
     executions: list[ReportedExecution]
-
-
-class ReadReply(TypedDict):
-    """Followed by ``body`` raw bytes. ``offset`` is where they start: behind what was dropped, or at a line."""
-
-    size: int
-    offset: int
-    body: int
-    dropped: NotRequired[list[int]]  # [start, end] of the middle that was not kept
-
-
-class FollowReply(TypedDict):
-    """Followed by frames, a zero frame and a :class:`FollowTrailer` line."""
-
-    offset: int
-    dropped: NotRequired[list[int]]
 
 
 class FollowTrailer(TypedDict):
