@@ -64,6 +64,7 @@ class Devbox(Durable):
     booted_at = models.DateTimeField(null=True, blank=True, help_text="When its box was up.")
     started_at = models.DateTimeField(null=True, blank=True, help_text="When it was first running.")
     last_activity_at = models.DateTimeField(null=True, blank=True)
+    last_activity_kind = models.TextField(blank=True, db_default="", default="", help_text="What it was last used as.")
 
     ended_at = models.DateTimeField(null=True, blank=True, help_text="When its final status was decided.")
     failure_reason = models.TextField(null=True, blank=True)

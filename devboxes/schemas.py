@@ -474,7 +474,12 @@ class DevboxView(serializers.Serializer[Any]):
     tunnel = TunnelView(required=False, allow_null=True)
     gateway_specs = serializers.DictField(child=GatewaySpecView(), required=False, allow_null=True)
     mcp_specs = serializers.DictField(child=McpSpecView(), required=False, allow_null=True)
-    last_activity_time_ms = serializers.IntegerField(max_value=INT64_MAX, min_value=0, required=False, allow_null=True)
+    last_activity_time_ms = serializers.IntegerField(
+        max_value=INT64_MAX, min_value=0, required=False, allow_null=True, help_text="When it was last used."
+    )
+    last_activity_kind = serializers.ChoiceField(
+        choices=states.ACTIVITIES, required=False, allow_null=True, help_text="What it was last used as."
+    )
     keep_alive_end_time_ms = serializers.IntegerField(
         max_value=INT64_MAX, min_value=0, required=False, allow_null=True, help_text="When it will be shut down."
     )

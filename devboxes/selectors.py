@@ -27,7 +27,7 @@ _MS = "(extract(epoch from {0}) * 1000)::bigint"
 _COLUMNS = f"""
 d.id, d.account_id, d.status, d.name, d.metadata::text, d.launch_parameters::text, {_MS.format("d.created_at")},
 {_MS.format("d.ended_at")}, d.initiator_type, d.initiator_id, d.failure_reason, d.shutdown_reason, d.why,
-{_MS.format("d.last_activity_at")}, {_MS.format("d.end_at")},
+{_MS.format("d.last_activity_at")}, d.last_activity_kind, {_MS.format("d.end_at")},
 (SELECT coalesce(json_agg(json_strip_nulls(json_build_object(
     'status', t.status, 'transition_time_ms', {_MS.format("t.at")}, 'failure_reason', t.failure_reason
  )) ORDER BY t.id), '[]')::text FROM devboxes_devboxtransition t WHERE t.devbox_id = d.id)
@@ -54,6 +54,7 @@ class DevboxRow:
     shutdown_reason: str | None
     why: str
     last_activity_ms: int | None
+    last_activity_kind: str
     end_ms: int | None
     transitions: str
 
@@ -94,6 +95,7 @@ def view(row: DevboxRow) -> dict[str, Any]:
         "gateway_specs": None,
         "mcp_specs": None,
         "last_activity_time_ms": row.last_activity_ms,
+        "last_activity_kind": row.last_activity_kind or None,
         "keep_alive_end_time_ms": None if row.over else row.end_ms,
     }
 

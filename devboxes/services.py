@@ -200,6 +200,7 @@ def update_devbox(
 
     with transaction.atomic():
         idempotent(caller, request_id, f"POST /v1/devboxes/{devbox_id}", body_digest(raw_body), update, devbox_id)
+    touch(devbox_id, "call")
 
 
 def request_shutdown(
@@ -232,47 +233,55 @@ def request_shutdown(
 
 
 def keep_alive(devbox_id: str) -> None:
-    """Note that the devbox is in use, now."""
+    """Note that the devbox shall count as in use, now."""
+    _note(devbox_id, "keep_alive")
+
+
+def _note(devbox_id: str, what: str) -> None:
     with connection.cursor() as cursor:
         cursor.execute(
-            f"UPDATE devboxes_devbox SET last_activity_at = now() WHERE id = %s RETURNING {RELAXED}", [devbox_id]
+            "UPDATE devboxes_devbox SET last_activity_at = now(), last_activity_kind = %s WHERE id = %s "
+            f"RETURNING {RELAXED}",
+            [what, devbox_id],
         )
 
 
 class _Touched:
-    """When this process last noted the activity of which devbox: a busy one costs an UPDATE every few seconds."""
+    """When this process last noted which use of which devbox: a busy one costs an UPDATE every few seconds."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._at: dict[str, float] = {}
+        self._at: dict[tuple[str, str], float] = {}
 
-    def due(self, devbox_id: str) -> bool:
+    def due(self, use: tuple[str, str]) -> bool:
         now = time.monotonic()
         with self._lock:
-            if now - self._at.get(devbox_id, -TOUCH_SECONDS) < TOUCH_SECONDS:
+            if now - self._at.get(use, -TOUCH_SECONDS) < TOUCH_SECONDS:
                 return False
             if len(self._at) > 10_000:
                 self._at = {key: at for key, at in self._at.items() if now - at < TOUCH_SECONDS}
-            self._at[devbox_id] = now
+            self._at[use] = now
             return True
 
 
 _touched = _Touched()
 
 
-def touch(devbox_id: str) -> None:
-    """Note that something of the devbox was used. Cheap: writes once in ten seconds per process."""
-    if _touched.due(devbox_id):
-        keep_alive(devbox_id)
+def touch(devbox_id: str, what: str) -> None:
+    """Note that the devbox was used, and as what (one of `states.ACTIVITIES`). Cheap: of one kind it writes once in
+    ten seconds per process, so the time and the kind in the row are right to ten seconds."""
+    if _touched.due((devbox_id, what)):
+        _note(devbox_id, what)
 
 
-def use_running(caller: Caller, devbox_id: str, what: str) -> selectors.ExecutionContext:
-    """The context of a running devbox, whose use is noted. `what` is possible while it runs only, for the error.
+def use_running(caller: Caller, devbox_id: str, what: str, activity: str) -> selectors.ExecutionContext:
+    """The context of a running devbox, whose use as `activity` is noted. `what` is possible while it runs only, for
+    the error.
 
     Raises NotFound, BadRequest when it does not run.
     """
     context = selectors.execution_context(caller, devbox_id)
     if context.status != "running" or context.host_id is None:
         raise BadRequest(f"devbox {context.devbox_id} is {context.status}; {what} while it is running")
-    touch(context.devbox_id)
+    touch(context.devbox_id, activity)
     return context

@@ -74,6 +74,11 @@ OVER: Final = frozenset({"failure", "shutdown"})
 FAILURE_REASONS: Final = ("out_of_memory", "out_of_disk", "execution_failed", "health_check_failed")
 SHUTDOWN_REASONS: Final = ("api_shutdown", "keep_alive_timeout", "entrypoint_exit", "idle", "ttl_expired")
 
+ACTIVITIES: Final = ("call", "command", "file", "terminal", "tunnel", "ssh", "keep_alive")
+"""What a devbox may last have been used as. Whatever reaches into it or changes it counts, and each byte of a terminal
+or a file; what only reads our records (get, lists, waits, logs, why) does not: who waits for a devbox to fall asleep
+would keep it awake. `call` is any other change."""
+
 ON_HOST: Final = frozenset({PREPARE_DISK, BOOT, LAUNCH, RUNNING, TEARDOWN, CLEAN_UP})
 """Steps in which a host may have something of the devbox."""
 

@@ -23,6 +23,7 @@ from api.errors import BadRequest, Unavailable, WaitTimedOut
 from api.ids import new_id
 from api.validation import validated
 from api.waiting import hub, wait_over
+from devboxes.services import touch
 from executions import answers, selectors, services, streams
 from executions.models import Status
 from executions.outputs import Stream
@@ -156,6 +157,13 @@ async def execute_sync(request: Request) -> Response:
     return json_response(await answers.sync_view(read, view))
 
 
+def _used(read: Read) -> ExecutionView:
+    """The execution, of which something is wanted: its devbox is in use."""
+    view = read()
+    touch(view.devbox_id, "command")
+    return view
+
+
 async def get(request: Request) -> Response:
     """The execution as it is now."""
     last_n = _last_n(request)
@@ -186,7 +194,7 @@ async def kill(request: Request) -> Response:
     """Stop the command, whatever it does; one that has ended already is simply answered."""
     given = _parsed(KillExecutionRequest, await request.json())
     read = _reader(request)
-    view = await in_database(read)
+    view = await in_database(_used, read)
     if not view.completed:
         group = given.get("kill_process_group", False) or view.stop_group
         by = None if view.stop_by else request.caller
@@ -205,7 +213,7 @@ async def send_std_in(request: Request) -> Response:
     if len(body) > STDIN_BODY_MAX:
         raise BadRequest(f"text: longer than the {STDIN_BODY_MAX} bytes that one call takes")
     read = _reader(request)
-    view = await in_database(read)
+    view = await in_database(_used, read)
     if view.status == Status.QUEUED:
         deadline = _in(START_HOLD_SECONDS)
         view = await _wait(read, view.id, lambda now: now.status != Status.QUEUED, START_HOLD_SECONDS)

@@ -161,7 +161,7 @@ def create_execution(caller: Caller, devbox_id: str, new: NewExecution) -> str:
 
 def _made(execution_id: str, devbox_id: str) -> str:
     execution_flow.nudge(execution_id)
-    touch(devbox_id)
+    touch(devbox_id, "command")
     return execution_id
 
 

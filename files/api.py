@@ -43,7 +43,7 @@ _NO_RETRY: Final = {"x-should-retry": "false"}
 
 async def _context(request: Request) -> ExecutionContext:
     """The running devbox. Raises NotFound, BadRequest when it does not run."""
-    return await in_database(use_running, request.caller, request.params["id"], "its files can be used")
+    return await in_database(use_running, request.caller, request.params["id"], "its files can be used", "file")
 
 
 async def _logged(context: ExecutionContext, what: str, path: str, size: int) -> None:

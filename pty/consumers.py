@@ -117,7 +117,7 @@ class TerminalConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]  # channel
     async def _note(self) -> None:
         if time.monotonic() - self._touched > TOUCH_SECONDS:
             self._touched = time.monotonic()
-            await in_database(touch, self._devbox_id)
+            await in_database(touch, self._devbox_id, "terminal")
 
     async def disconnect(self, code: int) -> None:
         """The client has gone, or we closed; the session stays."""

@@ -72,7 +72,7 @@ def _told(context: ExecutionContext, name: str) -> Iterator[None]:
 
 async def context_of(caller: Caller, devbox_id: str) -> ExecutionContext:
     """The running devbox. Raises NotFound, BadRequest when it does not run."""
-    return await in_database(use_running, caller, devbox_id, "terminals are there")
+    return await in_database(use_running, caller, devbox_id, "terminals are there", "terminal")
 
 
 async def open_session(context: ExecutionContext, name: str, size: Mapping[str, int]) -> dict[str, Any]:

@@ -336,6 +336,30 @@ def test_the_owner_and_her_colleague_see_it_a_stranger_does_not(
         assert alice.get(f"/v1/devboxes/{other}").status_code == 400
 
 
+def test_the_view_tells_what_it_was_last_used_as_and_when(alice: Party, fake: FakeHost) -> None:
+    devbox_id = created(alice)["id"]
+    work()
+    started = alice.get(f"/v1/devboxes/{devbox_id}").json()
+    assert started["last_activity_kind"] is None
+    seen = started["last_activity_time_ms"]
+    for kind, path, body in (
+        ("call", "", {"name": "used"}),
+        ("command", "/execute_async", {"command": "true"}),
+        ("terminal", "/create_pty_tunnel", {}),
+        ("keep_alive", "/keep_alive", {}),
+    ):
+        assert alice.post(f"/v1/devboxes/{devbox_id}{path}", body).status_code == 200
+        view = alice.get(f"/v1/devboxes/{devbox_id}").json()
+        assert view["last_activity_kind"] == kind
+        assert view["last_activity_time_ms"] >= seen
+        seen = view["last_activity_time_ms"]
+    # Who only looks leaves no trace: whoever waits for it to fall asleep would else keep it awake.
+    alice.post(f"/v1/devboxes/{devbox_id}/wait_for_status", {"statuses": ["running"]})
+    alice.get(f"/v1/devboxes/{devbox_id}/logs")
+    view = alice.get(f"/v1/devboxes/{devbox_id}").json()
+    assert (view["last_activity_kind"], view["last_activity_time_ms"]) == ("keep_alive", seen)
+
+
 @pytest.mark.parametrize(
     "tail", ["", "/shutdown", "/keep_alive", "/create_gateway_token", "/create_mcp_token", "/wait_for_status"]
 )
