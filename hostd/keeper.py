@@ -19,6 +19,7 @@ import time
 
 from hostd import packets, polling, procs, requests
 from hostd.clients import Clients, decoded_rest
+from hostd.dials import Dials
 from hostd.execution import Execution, Settings
 from hostd.executions import Executions
 from hostd.journal import Journal
@@ -155,7 +156,9 @@ class Keeper:
             self._announce,
         )
         self.terminals = Terminals(self.poller, self.spawner)
+        self.dials = Dials(self.poller, lambda: self.executions.box_gone)
         others: dict[str, Any] = {"file": Transfers(self.poller, self.spawner).start, "terminal": self.terminals.handle}
+        others["dial"] = self.dials.start
         self.clients = Clients(self.poller, self.executions, others, self.box)
         self._kills_before = self._memory.kills()
         self.poller.on(given.link.fileno(), lambda _: self._on_zygote())
@@ -191,6 +194,7 @@ class Keeper:
         self.poller.after(TICK_S, self._tick)
         self.clients.sweep()
         self.terminals.sweep()
+        self.dials.sweep()
         self.spawner.bury_strangers()
         self.executions.tidy()
         self._kills_before = self._memory.kills()
@@ -205,6 +209,7 @@ class Keeper:
         self.journal.write("", {"box_exit": {"init": self._init_pid, "oom": oom, "at_ms": int(time.time() * 1000)}})
         self.spawner.stop()
         self.terminals.box_gone()
+        self.dials.box_gone()
         for link in self._links:
             link.box_exit = True
             self._flush(link)

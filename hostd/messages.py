@@ -86,6 +86,7 @@ BOX_VERBS: Final = frozenset(
         "changes",
         "file",
         "terminal",
+        "dial",
     }
 )
 VERBS: Final = HOST_VERBS | BOX_VERBS
@@ -105,6 +106,7 @@ ErrorCode = Literal[
     "lost",  # it cannot be proven what became of the request's effect
     "internal",
     "attached",  # the terminal has a client
+    "refused",  # nothing listens on that port of the box
     # What a file in a box can have against being read or written:
     "no_such_file",
     "not_a_file",  # a directory, a FIFO, a device
@@ -432,6 +434,7 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
         "body": (_whole(0, 512 * 1024), False),
     },
     "file": {"box": (is_box_id, True), "op": (_one_of("read", "write"), True)},
+    "dial": {"box": (is_box_id, True), "port": (_whole(1, 65535), True)},  # see hostd/dials.py
 }
 
 

@@ -35,6 +35,7 @@ from hostd.messages import (
     User,
 )
 from hosts import conversation, ssh
+from hosts.dialling import Dialled
 from hosts.errors import HostError, HostRefused, HostUnreachable, StaleFence
 from hosts.files import FileRead, FileWrite, path64
 from hosts.links import Link, link_for
@@ -510,6 +511,10 @@ class AsyncHostClient:
     def write_file(self, *, box: str, user: User, path: bytes | None) -> FileWrite:
         """A file of the box, made or replaced; without a path, `finish` names it."""
         return FileWrite(self._link, _file_line(box, "write", user, path))
+
+    def dial(self, *, box: str, port: int) -> Dialled:
+        """A connection to a TCP port of the box's own loopback. Nothing is sent before it is entered."""
+        return Dialled(self._link, messages.request("dial", box=box, port=port))
 
 
 def _line(verb: str, body: bytes | None, fields: Mapping[str, Any]) -> bytes:

@@ -44,14 +44,14 @@ class Exchange:
         self._stream: ssh.LoopStream | None = None
         self._inbox = conversation.Inbox()
 
-    async def _begin(self, body: bytes = b"") -> dict[str, Any]:
+    async def _begin(self, body: bytes = b"", window: int = ssh.WINDOW) -> dict[str, Any]:
         """Ask, and return the first answer line. Raises HostRefused, HostUnreachable."""
         try:
             await self._held.enter_async_context(self._link.slot(bulk=True))
             deadline = time.monotonic() + ASK_SECONDS
             async with asyncio.timeout(ASK_SECONDS):
                 self._stream, self._inbox, reply = await begin(
-                    self._link, self._line, body, deadline, bulk=True, window=ssh.WINDOW
+                    self._link, self._line, body, deadline, bulk=True, window=window
                 )
             self._held.callback(self._stream.aclose)
             return reply

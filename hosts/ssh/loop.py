@@ -424,6 +424,22 @@ class LoopStream(StreamChannel):
             self.transport._send_user_message(message)
             view = view[size:]
 
+    def takes(self, size: int) -> bool:
+        """Would a write of so many bytes go out without waiting?"""
+        return not self.closed and size <= self.out_window_size and self.transport.waiting_bytes <= OUT_HIGH
+
+    @property
+    def is_quiet(self) -> bool:
+        """Is it open both ways, with nothing received that was not read?"""
+        return not (self.closed or self.eof_received or self.eof_sent or self._received or self._rest)
+
+    def end(self) -> None:
+        """Send the end of file: nothing more will be written, what comes can still be read. May be called twice."""
+        with self.lock:
+            message = self._send_eof()  # type: ignore[attr-defined]
+        if message is not None and not self.closed:
+            self.transport._send_user_message(message)
+
     def aclose(self) -> None:
         """Give the channel up; what was not read is dropped. May be called twice."""
         with self.lock:
