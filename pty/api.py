@@ -14,6 +14,7 @@ from django.conf import settings
 from api.asynchronous import Request, Response, in_database, json_response
 from api.errors import BadRequest, Forbidden
 from api.validation import refuse_unknown, validated
+from devboxes.services import touch
 from pty import services, sessions
 from pty.schemas import PtyControlParameters
 
@@ -32,6 +33,7 @@ async def create_pty_tunnel(request: Request) -> Response:
     """A key and a token that open the devbox's terminals for a day."""
     refuse_unknown(await request.json(), frozenset())
     key, token = await in_database(services.create_tunnel, request.caller, request.params["id"])
+    await in_database(touch, request.params["id"], "terminal")
     return json_response({"tunnel_key": key, "auth_token": token})
 
 

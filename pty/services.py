@@ -14,7 +14,6 @@ from api.errors import BadRequest, Unauthorized
 from api.ids import new_id
 from api.prepared import fetch_one
 from devboxes import selectors as devboxes
-from devboxes.services import touch
 
 LIFE_HOURS: Final = 24
 KEY_CHARACTERS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -36,7 +35,6 @@ def create_tunnel(caller: Caller, devbox_id: str) -> tuple[str, str]:
             f"VALUES (%s, %s, %s, %s, %s, %s, now() + interval '{LIFE_HOURS} hours')",
             [new_id("ptt"), context.devbox_id, context.account_id, caller.key_id or "", _hash(key), _hash(token)],
         )
-    touch(context.devbox_id, "terminal")
     return key, token
 
 
