@@ -9,6 +9,7 @@ from cryptography.fernet import Fernet
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 
+from config import certificates
 from hostd.messages import CAP_MAX, CAP_MIN
 
 
@@ -54,6 +55,10 @@ def problems() -> list[CheckMessage]:
         found.append(Error("Every pool needs at least one thread.", id="berth.E008"))
     if own.public_url and not own.public_url.startswith(("http://", "https://")):
         found.append(Error("BERTH_PUBLIC_URL must start with http:// or https://.", id="berth.E009"))
+    try:
+        certificates.names_of(own.domain)
+    except certificates.CertificateError as error:
+        found.append(Error(f"BERTH_DOMAIN: {error}", id="berth.E012"))
     if settings.SECURE and own.public_url.startswith("http://"):
         found.append(Warning("BERTH_SECURE is on, so nobody can log in to the admin over http.", id="berth.W001"))
     return found

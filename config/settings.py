@@ -15,7 +15,7 @@ import django_stubs_ext
 import psycopg.conninfo
 
 import config  # noqa: F401  (settles the name ``pty`` whoever imported the settings)
-from config import env
+from config import certificates, env
 
 django_stubs_ext.monkeypatch()  # lets classes such as ModelAdmin[Host] say what they are for
 
@@ -32,6 +32,8 @@ class Berth:
     cluster: str = env.text("BERTH_CLUSTER")
     bind: str = env.text("BERTH_BIND", "127.0.0.1:8080")
     public_url: str = env.text("BERTH_PUBLIC_URL")
+    # The names below it are tunnels' and devboxes': {port}-{key}.tunnel.<domain>, <devbox>.ssh.<domain>.
+    domain: str = certificates.domain_of(env.text("BERTH_DOMAIN"), env.text("BERTH_PUBLIC_URL"))
     warm: int = env.whole("BERTH_WARM", 0)
 
     # Silence of hosts
@@ -106,6 +108,12 @@ S3 = {
     "bucket": env.text("S3_BUCKET", "berth"),
     "region": env.text("S3_REGION", "us-east-1"),
 }
+
+
+# What the TLS listeners show, as PEM files: those of `make up`'s own authority unless others are named.
+_TLS = STATE / "tls" if STATE else None
+TLS_CERTIFICATE = env.text("BERTH_TLS_CERTIFICATE", str(_TLS / "server.pem") if _TLS else "")
+TLS_KEY = env.text("BERTH_TLS_KEY", str(_TLS / "server.key") if _TLS else "")
 
 
 def _database(url: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from typing import Any
 
 from cryptography.fernet import Fernet
 
-from config import first, packages, roles, servers
+from config import certificates, first, packages, roles, servers
 from config.seclusion import View, view_for
 from config.state import (
     CHECKOUT,
@@ -94,6 +94,7 @@ class Installation:
         self.roles_user = user if self.roles_view is not None else None
         self.env = settings(self.state, self.given)
         self._port = reserve(self.env["BERTH_BIND"], self.roles_user)
+        certificates.ensure(self.state.path / "tls", self.env["BERTH_DOMAIN"], self.roles_user)
         prepared = servers.plan(self.state, self.given)
         self.env |= prepared.env
         self.state.record(given=sorted(name for name in self.given if name in prepared.env))
@@ -257,7 +258,9 @@ def settings(state: State, given: Mapping[str, str]) -> dict[str, str]:
         for name, value in recorded.items()
         if name in ("DATABASE_URL", "REDIS_URL") or name.startswith("S3_")
     }
-    return {**servers_given, **kept, "BERTH_BIND": bind}
+    named = given.get("BERTH_DOMAIN") or recorded.get("BERTH_DOMAIN", "")
+    domain = certificates.domain_of(named, given.get("BERTH_PUBLIC_URL", ""))
+    return {**servers_given, **kept, "BERTH_BIND": bind, "BERTH_DOMAIN": domain}
 
 
 def main() -> int:
