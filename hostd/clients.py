@@ -588,6 +588,7 @@ BODY_LIMITS = {
     "spawn": requests.SPAWN_BODY_BYTES,
     "stdin": requests.STDIN_BYTES,
     "terminal": 2 * requests.ENVIRONMENT_BYTES,
+    "run": requests.SPAWN_BODY_BYTES,
 }
 
 

@@ -157,7 +157,8 @@ class Keeper:
         )
         self.terminals = Terminals(self.poller, self.spawner)
         self.dials = Dials(self.poller, lambda: self.executions.box_gone)
-        others: dict[str, Any] = {"file": Transfers(self.poller, self.spawner).start, "terminal": self.terminals.handle}
+        transfers = Transfers(self.poller, self.spawner)
+        others: dict[str, Any] = {"file": transfers.start, "run": transfers.run, "terminal": self.terminals.handle}
         others["dial"] = self.dials.start
         self.clients = Clients(self.poller, self.executions, others, self.box)
         self._kills_before = self._memory.kills()

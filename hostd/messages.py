@@ -85,6 +85,7 @@ BOX_VERBS: Final = frozenset(
         "sizes",
         "changes",
         "file",
+        "run",
         "terminal",
         "dial",
     }

@@ -18,6 +18,7 @@ import os
 import resource
 import stat
 import struct
+import termios
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ LAST_CAPABILITY = 63
 P_PIDFD = 3
 PTMX = os.makedev(5, 2)
 FIONREAD = 0x541B
+
+TIOCSPTLCK = 0x40045431
+TIOCGPTPEER = 0x5441
 
 PIDFD_GET_INFO = 0xC0_40_FF_0B  # _IOWR(0xFF, 11, struct pidfd_info), the first version's 64 bytes
 PIDFD_INFO_EXIT = 1 << 3
@@ -192,6 +196,44 @@ def is_master(descriptor: int) -> bool:
     """Is this the master side of a pty?"""
     facts = os.fstat(descriptor)
     return stat.S_ISCHR(facts.st_mode) and facts.st_rdev == PTMX
+
+
+def open_terminal(cols: int, rows: int) -> tuple[int, int]:
+    """Make a pty of that size: (master, slave), close-on-exec, the master not blocking."""
+    # Whatever the box's root has put in its place must not stop us; who is given the master looks at it.
+    master = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(master, TIOCSPTLCK, struct.pack("i", 0))
+        fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+        return master, fcntl.ioctl(master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        os.close(master)
+        raise
+
+
+def change_directory(path: str, required: bool) -> None:
+    """Go there; to / when it is not there and not required. Raises OSError."""
+    try:
+        os.chdir(path)
+    except OSError:
+        if required:
+            raise
+        os.chdir("/")  # a home that is not there must not keep anybody from making it
+
+
+def execute(argv: list[str], environment: dict[str, str]) -> None:
+    """Exec by the rules of execvpe; returns never, raises the most telling error."""
+    if "/" in argv[0]:
+        os.execve(argv[0], argv, environment)
+    told: OSError = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    for directory in environment.get("PATH", "").split(":"):
+        try:
+            os.execve(f"{directory or '.'}/{argv[0]}", argv, environment)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            told = error
+    raise told
 
 
 def start_time(pid: int) -> int | None:

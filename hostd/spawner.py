@@ -25,12 +25,11 @@ import errno
 import fcntl
 import os
 import stat
-import struct
 import sys
 import termios
 import time
 
-from hostd import files, packets, procs, shell_files
+from hostd import files, packets, procs, relay, shell_files
 from hostd.procs import signals
 from hostd.requests import OUR_UID
 
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
 NAME = "boxd"
 """What `ps` shows. No word in it that a `pkill -f` of somebody's own program would match."""
 SOCKET = 3
-TIOCSPTLCK = 0x40045431
-TIOCGPTPEER = 0x5441
 STATUS, PROGRAM = 8, 9
 """The descriptors of a named shell: where it tells how a command ended, and where it reads what to do."""
 KEPT_CAPABILITIES = 1 << 0 | 1 << 6 | 1 << 7  # CAP_CHOWN, CAP_SETGID, CAP_SETUID
@@ -147,7 +144,7 @@ def _settle(descriptor: int, shell: Shell) -> None:
     os.umask(0o022)
     os.chdir("/")
     procs.default_signals()  # Python ignores SIGPIPE and SIGXFSZ
-    signals.signal(signals.SIGCHLD, signals.SIG_IGN)  # our own children, who move files, leave no zombies
+    signals.signal(signals.SIGCHLD, signals.SIG_IGN)  # our own children, who serve clients, leave no zombies
 
 
 def serve(sock: _socket.socket) -> None:
@@ -159,6 +156,7 @@ def serve(sock: _socket.socket) -> None:
     itself. A command for a named shell has "shell": {directory, text, fresh} as well, and argv is the shell's: it is
     started only if `fresh`, and then its `program` and `status` are among the ends.
     Request: {"n", "file": task, rest64, name, uid, gid} + the client's connection: see files.py. Answer: a pidfd.
+    Request: {"n", "run": task, rest64, name, uid, gid} + the client's connection: see relay.py. Answer: a pidfd.
     Request: {"n", "terminal": [cols, rows], argv, env, …}. Answer: a pidfd and the master of a pty.
     """
     packets.send(sock, {"up": True})
@@ -169,8 +167,8 @@ def serve(sock: _socket.socket) -> None:
         if request.get("long"):
             request = packets.loads(os.pread(descriptors[0], REQUEST_BYTES, 0))
             os.close(descriptors.pop(0))
-        if "file" in request:
-            _start_file(sock, request, descriptors)
+        if "file" in request or "run" in request:
+            _start_errand(sock, request, descriptors)
         elif "terminal" in request:
             _start_shell(sock, request)
         elif "shell" in request:
@@ -179,13 +177,13 @@ def serve(sock: _socket.socket) -> None:
             _start(sock, request, descriptors)
 
 
-def _start_file(sock: _socket.socket, request: dict[str, Any], given: list[int]) -> None:
-    """Fork a process that moves a file. It is our child, not the keeper's: losing a keeper is nothing to it."""
+def _start_errand(sock: _socket.socket, request: dict[str, Any], given: list[int]) -> None:
+    """Fork a process that serves one client. It is our child, not the keeper's: losing a keeper is nothing to it."""
     try:
         (connection,) = given
         pid, pidfd = procs.clone_child_with_pidfd()
         if pid == 0:
-            _move_file(request, connection)
+            _serve_client(request, connection)
         packets.close_all(given)
         given = []
         try:
@@ -198,14 +196,17 @@ def _start_file(sock: _socket.socket, request: dict[str, Any], given: list[int])
         packets.close_all(given)
 
 
-def _move_file(request: dict[str, Any], connection: int) -> NoReturn:
+def _serve_client(request: dict[str, Any], connection: int) -> NoReturn:
     try:
         os.close(SOCKET)
         signals.signal(signals.SIGPIPE, signals.SIG_IGN)
         _take_ids(request)
         if request["uid"] != 0:
             procs.set_capabilities(0, 0)  # no exec will take them away
-        files.work(request["file"], connection, binascii.a2b_base64(request["rest64"]))
+        rest = binascii.a2b_base64(request["rest64"])
+        if "run" in request:
+            relay.work(request["run"], connection, rest)
+        files.work(request["file"], connection, rest)
     finally:
         os._exit(1)
 
@@ -214,15 +215,8 @@ def _start_shell(sock: _socket.socket, request: dict[str, Any]) -> None:
     """Start a program on a terminal of its own. It is our child: the terminal's hang-up ends it."""
     opened: list[int] = []
     try:
-        # Whatever the box's root has put in its place must not stop us; the keeper looks at what it is given.
-        master = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
-        opened.append(master)
-        fcntl.ioctl(master, TIOCSPTLCK, struct.pack("i", 0))
-        fcntl.ioctl(
-            master, termios.TIOCSWINSZ, struct.pack("HHHH", request["terminal"][1], request["terminal"][0], 0, 0)
-        )
-        slave = fcntl.ioctl(master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-        opened.append(slave)
+        master, slave = procs.open_terminal(*request["terminal"])
+        opened += [master, slave]
         os.fchown(slave, request["uid"], -1)
         pid, pidfd = procs.clone_child_with_pidfd()
         if pid == 0:
@@ -327,9 +321,9 @@ def _become(sock: _socket.socket, request: dict[str, Any], ends: dict[int, int])
             what = "its terminal"
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the box's root may have been quicker, and taken it
         what = request["cwd"]
-        _change_directory(what, request["cwd_required"])
+        procs.change_directory(what, request["cwd_required"])
         what = request["argv"][0]
-        _exec(request["argv"], request["env"])
+        procs.execute(request["argv"], request["env"])
     except OSError as error:
         code = 127 if error.errno == errno.ENOENT and what == request["argv"][0] else 126
         why = error.strerror or str(error)
@@ -354,30 +348,6 @@ def _fail(sock: _socket.socket, number: int, what: str, why: str) -> None:
         packets.send(sock, {"exec_failed": number, "detail": f"{what[:200]}: {why}"})
     except OSError:
         pass
-
-
-def _change_directory(path: str, required: bool) -> None:
-    try:
-        os.chdir(path)
-    except OSError:
-        if required:
-            raise
-        os.chdir("/")  # a home that is not there must not keep anybody from making it
-
-
-def _exec(argv: list[str], environment: dict[str, str]) -> None:
-    """Exec by the rules of execvpe; returns never, raises the most telling error."""
-    if "/" in argv[0]:
-        os.execve(argv[0], argv, environment)
-    told: OSError = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    for directory in environment.get("PATH", "").split(":"):
-        try:
-            os.execve(f"{directory or '.'}/{argv[0]}", argv, environment)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            told = error
-    raise told
 
 
 def _groups(name: str, gid: int) -> list[int]:

@@ -1,7 +1,8 @@
-"""The keeper's side of moving files: a client's connection goes to a process in the box, which answers it.
+"""The keeper's side of moving files and of running programs for a client that stays connected: the client's
+connection goes to a process in the box, which answers it.
 
 In charge of: checking the request, having the process forked by the spawner, a bound on how many there are, and ending
-one whose client has gone. Not in charge of: the file, the bytes, the answer (files.py).
+one whose client has gone. Not in charge of: the bytes, the answer (files.py, relay.py).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import binascii
 import os
 
-from hostd import polling, requests
+from hostd import packets, polling, requests
 from hostd.procs import signals
 from hostd.requests import Refused
 from hostd.spawner_link import Order, SpawnerLink
@@ -28,35 +29,50 @@ if TYPE_CHECKING:
         def close(self) -> None: ...
 
 
-MAX_TRANSFERS = 64
-"""Files that are being moved in one box at once."""
+LIMITS = {"file": (64, "files of this box are being moved"), "run": (128, "programs of this box are attended")}
+"""How many of a kind there may be in one box at once."""
 GRACE_S = 2.0
 """A process whose client has gone notices by itself, unless the box's file system holds it up."""
 
 
 class Transfers:
-    """All files of a box that are being moved."""
+    """All clients of a box that are served by a process in it."""
 
     def __init__(self, poller: polling.Poller, spawner: SpawnerLink) -> None:
         self._poller, self._spawner = poller, spawner
-        self._active = 0
+        self._active = dict.fromkeys(LIMITS, 0)
 
     def start(self, client: Client, request: dict[str, Any], body: bytes) -> None:
-        """Have the request answered. Raises Refused when it is wrong or there are too many."""
+        """Have a `file` request answered. Raises Refused when it is wrong or there are too many."""
         who, _ = requests.user(request)
-        task = requests.file_task(request)
-        if self._active >= MAX_TRANSFERS:
-            raise Refused("busy", f"{MAX_TRANSFERS} files of this box are being moved already")
-        Transfer(self, client, who, task)
+        self._serve("file", client, who, requests.file_task(request))
 
-    def begin(self, order: Order) -> None:
+    def run(self, client: Client, request: dict[str, Any], body: bytes) -> None:
+        """Have a `run` request answered. Raises Refused when it is wrong or there are too many."""
+        try:
+            given = packets.loads(body)
+        except packets.Malformed as error:
+            raise requests.bad(f"the body: {error}") from None
+        terminal = None if request.get("cols") is None else requests.size(request)
+        told = requests.command(given).message
+        task = {name: told[name] for name in ("argv", "env", "cwd", "cwd_required")}
+        who = {name: told[name] for name in ("name", "uid", "gid")}
+        self._serve("run", client, who, {**task, "terminal": terminal})
+
+    def _serve(self, kind: str, client: Client, who: dict[str, Any], task: dict[str, Any]) -> None:
+        limit, what = LIMITS[kind]
+        if self._active[kind] >= limit:
+            raise Refused("busy", f"{limit} {what} already")
+        Transfer(self, kind, client, who, task)
+
+    def begin(self, kind: str, order: Order) -> None:
         """Count one more and ask for its process."""
-        self._active += 1
+        self._active[kind] += 1
         self._spawner.ask(order)
 
-    def end(self) -> None:
+    def end(self, kind: str) -> None:
         """One less."""
-        self._active -= 1
+        self._active[kind] -= 1
 
     @property
     def poller(self) -> polling.Poller:
@@ -67,20 +83,22 @@ class Transfers:
 class Transfer:
     """One of them: from the request until its process has ended."""
 
-    def __init__(self, transfers: Transfers, client: Client, who: dict[str, Any], task: dict[str, Any]) -> None:
-        self._transfers, self._client = transfers, client
+    def __init__(
+        self, transfers: Transfers, kind: str, client: Client, who: dict[str, Any], task: dict[str, Any]
+    ) -> None:
+        self._transfers, self._kind, self._client = transfers, kind, client
         self._pidfd = -1
         self._left = False
         descriptor, rest = client.give(self._client_gone)
         rest64 = binascii.b2a_base64(rest, newline=False).decode("ascii")
-        order = Order({"file": task, "rest64": rest64, **who}, descriptor)
+        order = Order({kind: task, "rest64": rest64, **who}, descriptor)
         order.repeatable = False  # two processes must never speak on one connection
         order.before = lambda: None
         order.started = lambda pidfd, ends: self._started(pidfd)
         order.failed = self._failed
-        order.lost = lambda why: self._failed("not_ready", f"the process that was to move the file ended: {why}")
+        order.lost = lambda why: self._failed("not_ready", f"the process that was to serve it ended: {why}")
         order.exec_failed = lambda why: None
-        transfers.begin(order)
+        transfers.begin(kind, order)
 
     def _started(self, pidfd: int) -> None:
         self._pidfd = pidfd
@@ -89,7 +107,7 @@ class Transfer:
             self._transfers.poller.after(GRACE_S, self._kill)
 
     def _failed(self, code: str, why: str) -> None:
-        self._transfers.end()
+        self._transfers.end(self._kind)
         if not self._left:
             self._client.take_back(Refused("box_io" if code == "internal" else code, why))  # the box's own affair
 
@@ -109,6 +127,6 @@ class Transfer:
         self._transfers.poller.off(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
-        self._transfers.end()
+        self._transfers.end(self._kind)
         if not self._left:
             self._client.close()  # with our copy of the connection its client sees the end

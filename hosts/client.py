@@ -39,6 +39,7 @@ from hosts.dialling import Dialled
 from hosts.errors import HostError, HostRefused, HostUnreachable, StaleFence
 from hosts.files import FileRead, FileWrite, path64
 from hosts.links import Link, link_for
+from hosts.running import Running
 from hosts.streams import ASK_SECONDS, AsyncFollowing, Following, Watching, begin
 from hosts.terminals import Attached
 
@@ -491,6 +492,11 @@ class AsyncHostClient:
         """A place at an open terminal. Nothing is sent before it is entered."""
         how = {"view": view, "takeover": takeover, "replay": replay}
         return Attached(self._link, messages.request("terminal", box=box, op="attach", session=session, **how))
+
+    def running(self, *, box: str, body: bytes, **fields: Any) -> Running:
+        """A program of the box that this client attends. `fields`: cols and rows, for one on a terminal. Nothing is
+        sent before it is started, with the same `body`: a spawn's."""
+        return Running(self._link, messages.request("run", box=box, body=len(body), **fields))
 
     def read_file(
         self,
