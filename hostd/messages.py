@@ -434,6 +434,7 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
         "session": (_matches(re.compile(r"[A-Za-z0-9_-]{1,256}")), True),
         "body": (_whole(0, 512 * 1024), False),
     },
+    "run": {"box": (is_box_id, True), "body": (_whole(2, SPAWN_BODY_MAX), True)},  # see hostd/relay.py
     "file": {"box": (is_box_id, True), "op": (_one_of("read", "write"), True)},
     "dial": {"box": (is_box_id, True), "port": (_whole(1, 65535), True)},  # see hostd/dials.py
 }
