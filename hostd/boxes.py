@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from hostd import bundles, cgroups, disks, keeper_spec, namespaces, network, slots, syscalls
+from hostd import asleep, bundles, cgroups, disks, keeper_spec, namespaces, network, slots, syscalls
 from hostd.config import HostConfig, slot_number, write_file
 from hostd.memory import Memory
 from hostd.messages import Refused
@@ -224,6 +224,22 @@ def destroy_box(cfg: HostConfig, slot: str, n: int, *, keep_disk: bool = False, 
         if os.path.isdir(cfg.output(slot)):
             shutil.rmtree(cfg.output(slot))
         # Last: until here the slot is listed, and whoever finds it begins again.
+        slots.forget(cfg, slot, box)
+
+
+def suspend_box(cfg: HostConfig, slot: str, n: int, box: str) -> None:
+    """Leave nothing of the slot but its disk, which lies under the devbox's id afterwards (:mod:`hostd.asleep`).
+
+    Repeatable; works on any half state. Raises Refused internal when something cannot be removed; OSError.
+    """
+    _check(slot, n)
+    with _lock(cfg, slot, last=True):
+        _end(cfg, slot)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(cfg.keeper_socket(slot))
+        asleep.lay_down(cfg, slot, box)
+        if os.path.isdir(cfg.output(slot)):
+            shutil.rmtree(cfg.output(slot))
         slots.forget(cfg, slot, box)
 
 

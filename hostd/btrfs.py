@@ -30,6 +30,7 @@ _INO_LOOKUP: Final = _ioc(_BOTH, 18, 4096)
 _SUBVOL_GETFLAGS: Final = _ioc(_READ, 25, 8)
 _SUBVOL_SETFLAGS: Final = _ioc(_WRITE, 26, 8)
 _QUOTA_CTL: Final = _ioc(_BOTH, 40, 16)
+_QGROUP_ASSIGN: Final = _ioc(_WRITE, 41, 24)
 _QGROUP_CREATE: Final = _ioc(_WRITE, 42, 16)
 _QGROUP_LIMIT: Final = _ioc(_READ, 43, 48)
 _GET_SUBVOL_INFO: Final = _ioc(_READ, 60, 504)
@@ -210,6 +211,19 @@ def remove_qgroup(path: str, group: int) -> None:
     """EBUSY while it has members: a deleted subvolume stays one until the kernel has cleaned it up."""
     with _folder(path) as folder:
         fcntl.ioctl(folder, _QGROUP_CREATE, bytearray(struct.pack("=QQ", 0, group)))
+
+
+def move_to_qgroup(path: str, subvolume: str, group: int) -> None:
+    """Make the subvolume a member of the level-1 group, and of no other."""
+    member = subvolume_id(subvolume)
+    found = [offset for _, offset, _ in _search(path, _QUOTA_TREE, member, member, _QGROUP_RELATION_KEY)]
+    groups = [one for one in found if one >= LEVEL_1]
+    with _folder(path) as folder:
+        if group not in groups:
+            fcntl.ioctl(folder, _QGROUP_ASSIGN, bytearray(struct.pack("=QQQ", 1, member, group)))
+        for one in groups:
+            if one != group:
+                fcntl.ioctl(folder, _QGROUP_ASSIGN, bytearray(struct.pack("=QQQ", 0, member, one)))
 
 
 def limit_qgroup(path: str, group: int, max_bytes: int | None, *, exclusive: bool = False) -> None:

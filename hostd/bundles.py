@@ -17,7 +17,7 @@ import signal
 import time
 from typing import Any, Final
 
-from hostd import syscalls
+from hostd import slots, syscalls
 from hostd.config import UIDS_PER_BOX, HostConfig
 from hostd.messages import Refused
 from hostd.seccomp import CAPABILITIES
@@ -115,7 +115,15 @@ def prepare(cfg: HostConfig, slot: str, resolvers: tuple[str, ...]) -> None:
     folder = cfg.bundle(slot)
     os.makedirs(f"{folder}/rootfs", mode=0o711)
     _put(f"{folder}/resolv.conf", "".join(f"nameserver {address}\n" for address in resolvers))
-    _put(f"{folder}/machine-id", hashlib.sha256(f"{cfg.cluster}/{cfg.host}/{slot}".encode()).hexdigest()[:32] + "\n")
+    _put(f"{folder}/machine-id", machine_id(cfg, slot) + "\n")
+
+
+def machine_id(cfg: HostConfig, slot: str) -> str:
+    """What the box in that slot reads in `/etc/machine-id`, before and after it was suspended."""
+    record = slots.read(cfg, slot)
+    if record is not None and record.machine_id:
+        return record.machine_id
+    return hashlib.sha256(f"{cfg.cluster}/{cfg.host}/{slot}".encode()).hexdigest()[:32]
 
 
 def write_config(cfg: HostConfig, slot: str, config: dict[str, Any]) -> None:

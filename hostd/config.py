@@ -99,6 +99,11 @@ class HostConfig:
         return f"{self.pool}/boxes-kept"
 
     @property
+    def asleep_disks(self) -> str:
+        """Disks of suspended devboxes."""
+        return f"{self.pool}/boxes-asleep"
+
+    @property
     def outputs(self) -> str:
         return f"{self.root}/out"
 

@@ -6,7 +6,7 @@ its deletion and its keeping. Not in charge of: what an image is (`images`), the
 A box's disk is a subvolume `boxes/<slot>` and a member of a quota group of its own, `1/<number of the slot>`. The limit
 lies on the group: whatever is ever made inside the disk counts too, and the image's bytes do not. On kernels without
 simple quotas (before 6.7) the limit lies on what the subvolume alone holds, in its own group `0/<its id>`. A disk that
-was kept lies in `boxes-kept/`, under `<slot>.<time of its keeping>`.
+was kept lies in `boxes-kept/`, under `<slot>.<time of its keeping>`; those of suspended devboxes are `asleep`'s.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def prepare_pool(cfg: HostConfig) -> str:
             btrfs.enable_full_quota(cfg.pool)
         kind = btrfs.quota_kind(cfg.pool)
     os.chmod(cfg.pool, 0o700)  # the machine's own users have no business in it
-    for folder in (cfg.images, cfg.disks, cfg.kept_disks):
+    for folder in (cfg.images, cfg.disks, cfg.kept_disks, cfg.asleep_disks):
         os.makedirs(folder, mode=0o700, exist_ok=True)
     return kind
 
@@ -195,13 +195,18 @@ def disk_usage(cfg: HostConfig, slot: str) -> tuple[int, int | None]:
 
 def delete_disk(cfg: HostConfig, slot: str) -> None:
     """Unlink a disk and whatever is nested in it; the kernel frees the space later. None there is fine."""
-    _delete(cfg, cfg.disks, slot, slot)
+    delete(cfg, cfg.disks, slot, slot)
 
 
 def keep_disk(cfg: HostConfig, slot: str) -> None:
     """Move a disk out of use, to be deleted by :func:`drop_kept`. None there is fine."""
+    keep(cfg, cfg.disks, slot, slot)
+
+
+def keep(cfg: HostConfig, folder: str, name: str, slot: str) -> None:
+    """:func:`keep_disk` of one that lies in another folder."""
     with contextlib.suppress(FileNotFoundError):
-        os.rename(cfg.disk(slot), f"{cfg.kept_disks}/{slot}.{int(time.time())}")
+        os.rename(f"{folder}/{name}", f"{cfg.kept_disks}/{slot}.{int(time.time())}")
 
 
 def kept(cfg: HostConfig) -> list[tuple[str, str, int]]:
@@ -215,7 +220,7 @@ def drop_kept(cfg: HostConfig, older_than_seconds: float) -> int:
     before = time.time() - older_than_seconds
     gone = [(name, slot) for name, slot, at in kept(cfg) if at <= before]
     for name, slot in gone:
-        _delete(cfg, cfg.kept_disks, name, slot)
+        delete(cfg, cfg.kept_disks, name, slot)
     return len(gone)
 
 
@@ -224,7 +229,8 @@ def drop_idle_groups(cfg: HostConfig) -> int:
     # Slots with a record count even without a disk: one may be about to get it.
     recorded = [name.removesuffix(".json") for name in os.listdir(cfg.slots)]
     in_use = set()
-    for slot in [*recorded, *os.listdir(cfg.disks), *(slot for _, slot, _ in kept(cfg))]:
+    asleep = [name.rpartition(".")[2] for name in _names(cfg.asleep_disks)]
+    for slot in [*recorded, *os.listdir(cfg.disks), *(slot for _, slot, _ in kept(cfg)), *asleep]:
         with contextlib.suppress(ValueError):
             in_use.add(group_of(slot))
     idle = [group for group in btrfs.quota_groups(cfg.pool, 1) if group not in in_use]
@@ -242,7 +248,15 @@ def drop_idle_groups(cfg: HostConfig) -> int:
     return removed
 
 
-def _delete(cfg: HostConfig, folder: str, name: str, slot: str) -> None:
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def delete(cfg: HostConfig, folder: str, name: str, slot: str) -> None:
+    """:func:`delete_disk` of one that lies in another folder."""
     path = f"{folder}/{name}"
     if not os.path.isdir(path):
         return

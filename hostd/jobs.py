@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hostd import boxes, bundle, keeper_spec, packets, zygotes
+from hostd import asleep, boxes, bundle, keeper_spec, packets, zygotes
 from hostd.boxes import Limits
 from hostd.config import HostConfig
 from hostd.keeper_spec import KeeperSpec, ZygoteError
@@ -97,6 +97,25 @@ def destroy(cfg: HostConfig, slot: str, n: int, keep_disk: bool, box: str | None
     return {}
 
 
+def suspend(cfg: HostConfig, slot: str, n: int, box: str) -> dict[str, Any]:
+    """End a box and its keeper; of all it had only the disk stays."""
+    with zygote(cfg) as conn:
+        keeper_spec.forget(conn, slot)
+    boxes.suspend_box(cfg, slot, n, box)
+    return {}
+
+
+def resume(cfg: HostConfig, slot: str, box: str, disk_bytes: int) -> dict[str, Any]:
+    """Give the slot the disk of the suspended devbox."""
+    asleep.take_up(cfg, slot, box, disk_bytes)
+    return {}
+
+
+def drop_asleep(cfg: HostConfig, box: str, keep_disk: bool) -> dict[str, Any]:
+    asleep.remove(cfg, box, keep=keep_disk)
+    return {}
+
+
 def restart_keeper(cfg: HostConfig, slot: str, n: int, spec: dict[str, Any]) -> dict[str, Any]:
     """The slot's keeper, or a successor when it is dead. When the zygote died with it, a new one starts from the
     journal: what ran is then told lost."""
@@ -172,6 +191,9 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
         set_limits,
         stop,
         destroy,
+        suspend,
+        resume,
+        drop_asleep,
         restart_keeper,
         adopt_keeper,
         start_zygote,

@@ -534,6 +534,8 @@ class Keepers:
                 oom = False
         exit = -1 if status is None else status if status >= 0 else 128 - status
         record.ended = {"event": "box_exit", "exit": exit, "oom": oom, "at_ms": time.time_ns() // 1_000_000}
+        if record.boot_id != self._boot_id:
+            record.ended["rebooted"] = True
         if oom:
             record.ended["memory"] = memory_figures(self._cfg, record.slot)
         self._save(record)

@@ -67,9 +67,6 @@ HOLD_MS_MAX: Final = 4000  # the longest time a spawn's reply may be held for an
 
 BOX_EXIT_ID: Final = "box"  # a box_exit event is acknowledged as [box, "box"]
 
-HOST_VERBS: Final = frozenset(
-    {"hello", "report", "prepare_disk", "boot", "destroy", "watch", "set_warm", "ship", "restart"}
-)
 BOX_VERBS: Final = frozenset(
     {
         "spawn",
@@ -90,7 +87,6 @@ BOX_VERBS: Final = frozenset(
         "dial",
     }
 )
-VERBS: Final = HOST_VERBS | BOX_VERBS
 
 ErrorCode = Literal[
     "stale_fence",  # a newer request for this id was served; extra: fence
@@ -133,7 +129,7 @@ class Refused(Exception):
 # --- what travels ---------------------------------------------------------------------------------------------------
 
 ExecutionState = Literal["running", "exited"]
-BoxState = Literal["disk", "up", "down"]
+BoxState = Literal["disk", "up", "down", "asleep"]  # asleep: suspended, there is only its disk
 ReasonKind = Literal["oom", "killed", "signal", "lost", "exec_failed", "killed_before_start"]
 Stream = Literal["stdout", "stderr"]
 LateStream = Literal["late_stdout", "late_stderr"]  # what came after the exit; only its last 1 MiB is kept
@@ -211,6 +207,7 @@ class BootReply(TypedDict):
     keeper_pid: int
     booted_at_ms: int
     monotonic: float  # seconds, when this was answered
+    machine_id: NotRequired[str]
 
 
 class User(TypedDict):
@@ -317,6 +314,7 @@ class BoxExitEvent(TypedDict):
     exit: int
     oom: bool
     at_ms: int
+    rebooted: NotRequired[bool]  # it went with a restart of the machine
     memory: NotRequired[dict[str, int]]  # when oom: kills, limit_bytes, usage_bytes, peak_bytes
 
 
@@ -372,6 +370,14 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
         "pids": (_whole(16, 4_000_000), True),
         "disk_bytes": (_whole(16 * 1024 * 1024, 2**50), True),
         "hostname": (_matches(_HOSTNAME), True),
+    },
+    "suspend": {"box": (is_box_id, True), "fence": (_fence, True)},
+    "resume": {
+        "box": (is_box_id, True),
+        "fence": (_fence, True),
+        "image": (is_image_id, True),
+        "disk_bytes": (_whole(16 * 1024 * 1024, 2**50), True),
+        "machine_id": (_matches(re.compile(r"[0-9a-f]{32}")), False),
     },
     "destroy": {"box": (is_box_id, True), "fence": (_fence, True), "keep_disk": (_flag, False)},
     "watch": {"stats_seconds": (_whole(0, 86_400), False)},
@@ -438,6 +444,10 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
     "file": {"box": (is_box_id, True), "op": (_one_of("read", "write"), True)},
     "dial": {"box": (is_box_id, True), "port": (_whole(1, 65535), True)},  # see hostd/dials.py
 }
+
+
+VERBS: Final = frozenset(_FIELDS)
+HOST_VERBS: Final = VERBS - BOX_VERBS
 
 
 def fields_of(verb: str) -> frozenset[str]:

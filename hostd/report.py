@@ -81,6 +81,17 @@ class Report:
         told = await asyncio.gather(*(one(box, slot) for box, slot in list(self._verbs.named.items())))
         # What was destroyed while we asked is not reported.
         there = [entry for entry in told if entry["box"] in self._verbs.named]
+        there += [
+            {
+                "box": box,
+                "slot": "",
+                "fence": self._verbs.fences.of(box),
+                "state": "asleep",
+                "image": "",
+                "executions": [],
+            }
+            for box in sorted(self._verbs.asleep - self._verbs.named.keys())
+        ]
         warm = [{"slot": slot.slot, "image": slot.image} for slot in self._verbs.warm.slots]
         return {"boxes": there, "warm": warm, "at_ms": time.time_ns() // 1_000_000}
 

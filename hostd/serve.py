@@ -36,6 +36,7 @@ from hostd.notices import Notices
 from hostd.report import Report, boot_id
 from hostd.verbs import Verbs
 
+OF_BOXES = frozenset({"prepare_disk", "boot", "suspend", "resume", "destroy"})  # what `Verbs` does, by these names
 BACKLOG = 4096
 CONNECTIONS_MAX = 4096  # open at once in hostd; those handed to keepers do not count
 ACCEPT_AT_ONCE = 64
@@ -320,7 +321,8 @@ class Daemon:
             if verb == "restart":
                 await self._check_bundle(args["digest"])
                 return messages.ok(), lambda: self._ask_to_leave(args["digest"])
-            return messages.ok(**await self._VERBS[verb](self, **args)), None
+            work = getattr(self.verbs, verb)(**args) if verb in OF_BOXES else self._VERBS[verb](self, **args)
+            return messages.ok(**await work), None
         except Refused as refused:
             log.info("%s %s: %s", verb, request.get("box", ""), refused)
             return messages.refusal(refused), None
@@ -333,15 +335,6 @@ class Daemon:
 
     async def _report(self) -> dict[str, Any]:
         return await self.report.report()
-
-    async def _prepare_disk(self, **args: Any) -> dict[str, Any]:
-        return await self.verbs.prepare_disk(**args)
-
-    async def _boot(self, **args: Any) -> dict[str, Any]:
-        return await self.verbs.boot(**args)
-
-    async def _destroy(self, **args: Any) -> dict[str, Any]:
-        return await self.verbs.destroy(**args)
 
     async def _set_warm(self, count: int, image: str) -> dict[str, Any]:
         self.verbs.warm.set(count, image)
@@ -365,9 +358,6 @@ class Daemon:
     _VERBS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
         "hello": _hello,
         "report": _report,
-        "prepare_disk": _prepare_disk,
-        "boot": _boot,
-        "destroy": _destroy,
         "set_warm": _set_warm,
         "ship": _ship,
     }

@@ -34,6 +34,8 @@ class Slot:
     image: str
     disk_bytes: int
     created_at_ms: int = 0
+    machine_id: str = ""
+    """Of a devbox that was resumed; else it follows from the slot's name."""
 
 
 def prepare(cfg: HostConfig) -> None:
@@ -42,7 +44,7 @@ def prepare(cfg: HostConfig) -> None:
         os.makedirs(folder, mode=0o700, exist_ok=True)
 
 
-def new_slot(cfg: HostConfig, image: str, disk_bytes: int, box: str | None = None) -> Slot:
+def new_slot(cfg: HostConfig, image: str, disk_bytes: int, box: str | None = None, *, machine_id: str = "") -> Slot:
     """Take a free number and write its record; with ``box``, also name it (a devbox that has a slot gets that one).
 
     Numbers are taken in turn, not lowest first: the traces of a dead box have time to go. Raises Refused no_slot.
@@ -59,7 +61,7 @@ def new_slot(cfg: HostConfig, image: str, disk_bytes: int, box: str | None = Non
         while n in taken:
             n = (n + 1) % BOXES
         write_file(f"{cfg.slots}.next", str((n + 1) % BOXES).encode())
-        made = Slot(f"s{n}-{secrets.token_hex(3)}", n, image, disk_bytes, int(time.time() * 1000))
+        made = Slot(f"s{n}-{secrets.token_hex(3)}", n, image, disk_bytes, int(time.time() * 1000), machine_id)
         _write(cfg, made)
         if box is not None:
             link = f"{cfg.names}/{box}"

@@ -12,7 +12,7 @@ import logging
 import time
 from typing import Any
 
-from hostd import boxes, images
+from hostd import asleep, boxes, bundles, images
 from hostd.boxes import Slot, SlotState
 from hostd.config import HostConfig
 from hostd.events import Events
@@ -22,6 +22,8 @@ from hostd.makers import Makers
 from hostd.messages import Refused
 from hostd.warm import Warm
 
+SUSPEND_HOLD_SECONDS = 2.5  # `suspend` is answered after this time, done or not; the work goes on
+SUSPEND_SECONDS = 600.0  # for ending a box and having its disk written
 LINK_SECONDS = 3.0  # how long `boot` waits for the new keeper; requests wait for it longer
 
 log = logging.getLogger("hostd.verbs")
@@ -40,6 +42,8 @@ class Verbs:
         self.fences = fences
         self._boot_id = boot_id
         self.named: dict[str, Slot] = {}  # devbox id -> its slot
+        self.asleep: set[str] = set()  # suspended devboxes: of those there is a disk
+        self._suspending: dict[str, asyncio.Task[None]] = {}
         self.warm = Warm(cfg, makers, self.boot_slot, self.unmake)
 
     # --- start
@@ -49,6 +53,7 @@ class Verbs:
         await self._makers.do("thaw_all")
         records = self.keepers.load()
         states = {state.slot: state for state in boxes.list_slots(self._cfg)}
+        self.asleep = set(asleep.listed(self._cfg))
         cleaning: list[asyncio.Task[None]] = []
         for state in states.values():
             record = records.pop(state.slot, None)
@@ -143,7 +148,59 @@ class Verbs:
                 "keeper_pid": record.pid,
                 "booted_at_ms": record.booted_at_ms,
                 "monotonic": round(time.monotonic(), 3),
+                "machine_id": bundles.machine_id(self._cfg, slot.slot),
             }
+
+    async def suspend(self, box: str, fence: int) -> dict[str, Any]:
+        """End the devbox's box; of all it had only its disk stays, and that is on the platter once this says so.
+
+        Answered within :data:`SUSPEND_HOLD_SECONDS`; until it is done it is to be asked again.
+        """
+        running = self._suspending.get(box)
+        if running is None:
+            running = asyncio.ensure_future(self._suspend(box, fence))
+            self._suspending[box] = running
+            running.add_done_callback(lambda task: self._suspended(box, task))
+            await asyncio.wait({running}, timeout=SUSPEND_HOLD_SECONDS)
+            if running.done():
+                running.result()
+                return {"done": True}
+        else:  # under an earlier fence: only what we ask under ours is an answer
+            await asyncio.wait({running}, timeout=SUSPEND_HOLD_SECONDS)
+        return {"done": False}
+
+    async def _suspend(self, box: str, fence: int) -> None:
+        async with self.fences.held(box, fence):
+            slot = self.named.get(box)
+            if slot is None:
+                if box not in self.asleep:
+                    raise Refused("unknown_box", "this devbox has no disk on this host")
+                return
+            self.keepers.drop(slot.slot)
+            await self._makers.do("suspend", SUSPEND_SECONDS, slot=slot.slot, n=slot.n, box=box)
+            self.keepers.forget_record(slot.slot)
+            self.asleep.add(box)
+            del self.named[box]
+
+    def _suspended(self, box: str, task: asyncio.Task[None]) -> None:
+        self._suspending.pop(box, None)
+        if not task.cancelled() and task.exception() is not None:
+            log.warning("%s was not suspended: %s", box, task.exception())
+
+    async def resume(
+        self, box: str, fence: int, image: str, disk_bytes: int, machine_id: str | None = None
+    ) -> dict[str, Any]:
+        """Give the suspended devbox a slot again, with its disk, for `boot`; one that has it keeps it."""
+        async with self.fences.held(box, fence):
+            slot = self.named.get(box)
+            if slot is None:
+                if box not in self.asleep:
+                    raise Refused("unknown_box", "this host does not have the disk of this devbox")
+                slot = await self._new_slot(box, image, disk_bytes, machine_id or "")
+                self.named[box] = slot
+            await self._makers.do("resume", slot=slot.slot, box=box, disk_bytes=disk_bytes)
+            self.asleep.discard(box)
+            return {"slot": slot.slot}
 
     async def destroy(self, box: str, fence: int, keep_disk: bool = False) -> dict[str, Any]:
         """Leave nothing of the devbox but its tombstone. Works in any state, for unknown devboxes too."""
@@ -152,6 +209,9 @@ class Verbs:
             if slot is not None:
                 await self.unmake(slot.slot, slot.n, keep_disk=keep_disk, box=box)
                 del self.named[box]
+            if box in self.asleep:
+                await self._makers.do("drop_asleep", box=box, keep_disk=keep_disk)
+                self.asleep.discard(box)
             self._events.drop_box(box)
             self.fences.bury(box, fence)
             return {}
@@ -169,13 +229,13 @@ class Verbs:
             return slot
         return None
 
-    async def _new_slot(self, box: str, image: str, disk_bytes: int) -> Slot:
+    async def _new_slot(self, box: str, image: str, disk_bytes: int, machine_id: str = "") -> Slot:
         try:
-            return boxes.new_slot(self._cfg, image, disk_bytes, box)
+            return boxes.new_slot(self._cfg, image, disk_bytes, box, machine_id=machine_id)
         except Refused as refused:
             if refused.code != "no_slot" or not await self.warm.evict():
                 raise
-        return boxes.new_slot(self._cfg, image, disk_bytes, box)
+        return boxes.new_slot(self._cfg, image, disk_bytes, box, machine_id=machine_id)
 
     async def _make_disk(self, slot: Slot, image: str, disk_bytes: int) -> None:
         job: dict[str, Any] = {"slot": slot.slot, "n": slot.n, "image": image, "disk_bytes": disk_bytes}

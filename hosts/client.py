@@ -231,6 +231,17 @@ class HostClient:
             ),
         )
 
+    def suspend(self, *, box: str, fence: int) -> bool:
+        """End the box; of all it had only its disk stays, written for good. False: it goes on, ask again. HostRefused
+        unknown_box: there is no disk of it."""
+        return bool(self._ask("suspend", box=box, fence=fence)["done"])
+
+    def resume(self, *, box: str, fence: int, image: str, disk_bytes: int, machine_id: str | None = None) -> str:
+        """Give the suspended box a slot again, with its disk, to be booted; the slot. HostRefused: unknown_box when
+        there is no disk of it, no_slot."""
+        fields: dict[str, Any] = {"box": box, "fence": fence, "image": image, "disk_bytes": disk_bytes}
+        return str(self._ask("resume", machine_id=machine_id, **fields)["slot"])
+
     def destroy(self, *, box: str, fence: int, keep_disk: bool = False) -> None:
         """Leave nothing of the box, whatever state it is in; unknown boxes get a tombstone."""
         self._ask("destroy", box=box, fence=fence, keep_disk=keep_disk)

@@ -18,9 +18,6 @@ from __future__ import annotations
 
 import base64
 import collections
-import dataclasses
-import functools
-import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,84 +30,8 @@ from hostd import messages
 from hosts.client import IndexResult, ReadResult
 from hosts.delivery import deliver
 from hosts.errors import HostRefused, HostUnreachable, StaleFence
+from tests.fake_boxes import Box, Execution, Failure, verb
 from tests.fake_streams import FakeChanges, FakeFollowing, FakeWatching
-
-
-@dataclasses.dataclass
-class Execution:
-    """A command in a fake box."""
-
-    id: str
-    fence: int
-    body: dict[str, Any]
-    state: str = "running"
-    exit: int | None = None
-    reason: dict[str, Any] | None = None
-    stdout: bytes = b""
-    stderr: bytes = b""
-    dropped: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
-    stdin: bytes = b""
-    stdin_eof: bool = False
-    requests: set[str] = dataclasses.field(default_factory=set)
-    cap: int | None = None
-    moved: bool = False
-    started_at_ms: int = 0
-    exited_at_ms: int | None = None
-    acked: bool = False
-    notes: list[str] = dataclasses.field(default_factory=list)
-    late: list[bytes] = dataclasses.field(default_factory=lambda: [b"", b""])
-    records: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
-    """Of its index: time in ms, stream (1 or 2), bytes by then. Without any, all came at its start."""
-    late_records: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
-class Box:
-    """A fake box. `state`: disk, up or down."""
-
-    box: str
-    slot: str
-    fence: int
-    image: str
-    disk_bytes: int
-    state: str = "disk"
-    limits: dict[str, Any] = dataclasses.field(default_factory=dict)
-    executions: dict[str, Execution] = dataclasses.field(default_factory=dict)
-    booted_at_ms: int = 0
-
-
-@dataclasses.dataclass
-class _Failure:
-    error: BaseException
-    times: int
-    after: bool
-    when: Callable[..., bool] | None
-
-
-def _verb(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Record the call, apply scripted failures before or after the effect, one call at a time."""
-    name = function.__name__
-    signature = inspect.signature(function)
-
-    @functools.wraps(function)
-    def call(self: FakeHost, /, **kwargs: Any) -> Any:
-        signature.bind(self, **kwargs)
-        with self.lock:
-            self.calls.append((name, dict(kwargs)))
-            if self.unreachable:
-                raise HostUnreachable(self.host_id, "scripted: nothing answers")
-            failure = self._failure(name, kwargs)
-            if failure is not None and not failure.after:
-                raise failure.error
-            answer = function(self, **kwargs)
-            if failure is not None:
-                raise failure.error
-        hook = self.hooks.get(name)
-        if hook is not None:
-            hook(**kwargs)
-        return answer
-
-    return call
 
 
 class FakeHost:
@@ -129,6 +50,9 @@ class FakeHost:
         self.fences: dict[str, int] = {}
         self.tombstones: set[str] = set()
         self.kept_disks: set[str] = set()
+        self.asleep: dict[str, Box] = {}
+        self.slow_suspends = 0
+        """So many times `suspend` answers that it goes on."""
         self.unacked: dict[tuple[str, str], dict[str, Any]] = collections.OrderedDict()
         self.shipped: dict[str, bytes] = {}
         self.digest = "0" * 64
@@ -137,7 +61,7 @@ class FakeHost:
         self.warm = 0
         self.passed = 0.0
         """Seconds that the test says have passed on this host's own clock."""
-        self._failures: dict[str, list[_Failure]] = collections.defaultdict(list)
+        self._failures: dict[str, list[Failure]] = collections.defaultdict(list)
         self._scripts: dict[str, dict[str, Any]] = {}
         self._buried: dict[str, set[str]] = collections.defaultdict(set)
         self._slot = 0
@@ -156,7 +80,7 @@ class FakeHost:
     ) -> None:
         """Let the next `times` calls of `verb` (that `when(**arguments)` accepts) raise; `after`: once it is done."""
         what = error or HostUnreachable(self.host_id, f"scripted failure of {verb}")
-        self._failures[verb].append(_Failure(what, times, after, when))
+        self._failures[verb].append(Failure(what, times, after, when))
 
     def script(
         self,
@@ -217,6 +141,9 @@ class FakeHost:
         with self.lock:
             self.boot_id = f"boot-{int(self.boot_id.split('-')[1]) + 1}"
             for box in self.boxes.values():
+                if box.state == "up":
+                    event = {"event": "box_exit", "box": box.box, "exit": -1, "oom": False, "at_ms": _now_ms()}
+                    self.unacked[box.box, messages.BOX_EXIT_ID] = {**event, "rebooted": True}
                 box.state = "down"
                 box.executions.clear()
 
@@ -245,7 +172,7 @@ class FakeHost:
 
     # --- the host's verbs ---
 
-    @_verb
+    @verb
     def hello(self) -> dict[str, Any]:
         return {
             "protocol": messages.PROTOCOL,
@@ -267,7 +194,7 @@ class FakeHost:
             "cgroup": "v2",
         }
 
-    @_verb
+    @verb
     def report(self) -> dict[str, Any]:
         return {
             "boxes": [
@@ -280,12 +207,23 @@ class FakeHost:
                     "executions": [{"id": e.id, "state": e.state} for e in box.executions.values() if not e.acked],
                 }
                 for box in self.boxes.values()
+            ]
+            + [
+                {
+                    "box": box,
+                    "slot": "",
+                    "fence": self.fences.get(box, 0),
+                    "state": "asleep",
+                    "image": "",
+                    "executions": [],
+                }
+                for box in self.asleep.keys() - self.boxes.keys()
             ],
             "warm": [],
             "at_ms": _now_ms(),
         }
 
-    @_verb
+    @verb
     def prepare_disk(self, *, box: str, fence: int, image: str, disk_bytes: int) -> dict[str, Any]:
         self._fence(box, fence)
         if image != self.image:
@@ -299,7 +237,7 @@ class FakeHost:
             self.tombstones.discard(box)
         return {"slot": found.slot, "warm": False}
 
-    @_verb
+    @verb
     def boot(
         self, *, box: str, fence: int, cpu_millis: int, memory_bytes: int, pids: int, disk_bytes: int, hostname: str
     ) -> dict[str, Any]:
@@ -312,10 +250,11 @@ class FakeHost:
             "disk_bytes": disk_bytes,
             "hostname": hostname,
         }
+        found.machine_id = found.machine_id or f"{number_of(found):032x}"
         if found.state != "up":
             found.state = "up"
             found.booted_at_ms = _now_ms()
-        number = int(found.slot[1:])
+        number = number_of(found)
         return {
             "slot": found.slot,
             "address": f"10.213.{number // 256}.{number % 256}",
@@ -323,39 +262,67 @@ class FakeHost:
             "keeper_pid": 200_000 + number,
             "booted_at_ms": found.booted_at_ms,
             "monotonic": self.monotonic(),
+            "machine_id": found.machine_id,
         }
 
-    @_verb
+    @verb
+    def suspend(self, *, box: str, fence: int) -> bool:
+        self._fence(box, fence)
+        if box not in self.asleep:
+            self.asleep[box] = self._box(box)
+        if self.slow_suspends > 0:
+            self.slow_suspends -= 1
+            return False
+        self.boxes.pop(box, None)
+        for key in [key for key in self.unacked if key[0] == box]:
+            del self.unacked[key]
+        return True
+
+    @verb
+    def resume(self, *, box: str, fence: int, image: str, disk_bytes: int, machine_id: str | None = None) -> str:
+        self._fence(box, fence)
+        if box in self.boxes:
+            return self.boxes[box].slot
+        if box not in self.asleep:
+            raise HostRefused("unknown_box", f"no disk of {box}", host_id=self.host_id)
+        self._slot += 1
+        machine = machine_id or self.asleep.pop(box).machine_id
+        self.asleep.pop(box, None)
+        self.boxes[box] = Box(box, f"s{self._slot:04d}", fence, image, disk_bytes, machine_id=machine)
+        return self.boxes[box].slot
+
+    @verb
     def destroy(self, *, box: str, fence: int, keep_disk: bool = False) -> None:
         self._fence(box, fence)
-        found = self.boxes.pop(box, None)
+        found = self.boxes.pop(box, None) or self.asleep.get(box)
+        self.asleep.pop(box, None)
         self.tombstones.add(box)
         if found is not None and keep_disk:
             self.kept_disks.add(box)
         for key in [key for key in self.unacked if key[0] == box]:
             del self.unacked[key]
 
-    @_verb
+    @verb
     def set_warm(self, *, count: int, image: str) -> None:
         self.warm = count
 
-    @_verb
+    @verb
     def ship(self, *, digest: str, body: bytes) -> None:
         self.shipped[digest] = body
 
-    @_verb
+    @verb
     def restart(self, *, digest: str) -> None:
         if digest not in self.shipped:
             raise HostRefused("bad_request", "that bundle was not shipped", host_id=self.host_id)
         self.digest = digest
 
-    @_verb
+    @verb
     def watch(self, *, stats_seconds: int | None = None) -> FakeWatching:
         return FakeWatching(self)
 
     # --- a box's verbs ---
 
-    @_verb
+    @verb
     def spawn(
         self,
         *,
@@ -380,11 +347,11 @@ class FakeHost:
                     self._end(found, execution, ending["exit"], ending["reason"])
         return self._state(execution)
 
-    @_verb
+    @verb
     def state(self, *, box: str, id: str) -> dict[str, Any]:
         return self._state(self._execution(box, id))
 
-    @_verb
+    @verb
     def kill(
         self, *, box: str, id: str, fence: int, signal: int, group: bool = True, request: str | None = None
     ) -> dict[str, Any]:
@@ -404,12 +371,12 @@ class FakeHost:
             return {**self._state(execution), "sent": True}
         return {**self._state(execution), "sent": False}
 
-    @_verb
+    @verb
     def ack(self, *, box: str, ids: Sequence[str]) -> None:
         for one in ids:
             self._acknowledge(box, one)
 
-    @_verb
+    @verb
     def forget(self, *, box: str, id: str, fence: int) -> None:
         self._fence(id, fence)
         execution = self._execution(box, id)
@@ -417,7 +384,7 @@ class FakeHost:
         if execution.moved:
             self._acknowledge(box, id)
 
-    @_verb
+    @verb
     def read(
         self, *, box: str, id: str, stream: str, offset: int, limit: int, last_lines: int | None = None
     ) -> ReadResult:
@@ -434,11 +401,11 @@ class FakeHost:
             offset = len(whole) - len(data)
         return ReadResult(len(whole), offset, data)
 
-    @_verb
+    @verb
     def follow(self, *, box: str, id: str, stream: str, offset: int = 0) -> FakeFollowing:
         return FakeFollowing(self, self._output(box, id), stream, offset)
 
-    @_verb
+    @verb
     def index(self, *, box: str, id: str, late: bool = False, last: int | None = None) -> IndexResult:
         execution = self._execution(box, id)
         sizes, tails = _sizes(execution)["sizes"], _sizes(execution)["late"]
@@ -447,17 +414,17 @@ class FakeHost:
         records = records[-messages.INDEX_RECORD.size * (last or 4096) :]
         return IndexResult((sizes[0], sizes[1]), (tails[0], tails[1]), exited, execution.started_at_ms, records)
 
-    @_verb
+    @verb
     def sizes(self, *, box: str) -> Sequence[dict[str, Any]]:
         found = self._up(box).executions.values()
         return [_sizes(execution) for execution in found if not execution.acked or any(execution.late)]
 
-    @_verb
+    @verb
     def changes(self, *, box: str) -> FakeChanges:
         found = self._up(box)
         return FakeChanges(self, lambda: [_sizes(execution) for execution in found.executions.values()])
 
-    @_verb
+    @verb
     def stdin(self, *, box: str, id: str, request: str, eof: bool = False, body: bytes = b"") -> dict[str, Any]:
         execution = self._execution(box, id)
         if request in execution.requests:
@@ -469,13 +436,13 @@ class FakeHost:
         execution.stdin_eof = execution.stdin_eof or eof
         return {"accepted": True}
 
-    @_verb
+    @verb
     def list(self, *, box: str) -> dict[str, Any]:
         return {"executions": [{"id": e.id, "state": e.state} for e in self._up(box).executions.values()]}
 
     # --- inside ---
 
-    def _failure(self, verb: str, arguments: dict[str, Any]) -> _Failure | None:
+    def _failure(self, verb: str, arguments: dict[str, Any]) -> Failure | None:
         for failure in self._failures[verb]:
             if failure.times > 0 and (failure.when is None or failure.when(**arguments)):
                 failure.times -= 1
@@ -576,6 +543,10 @@ class AsyncFakeHost:
             return function(**arguments)
 
         return call
+
+
+def number_of(box: Box) -> int:
+    return int(box.slot[1:])
 
 
 def _sizes(execution: Execution) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hosts.errors import HostUnreachable
 
 if TYPE_CHECKING:
-    from tests.fake_host import Execution, FakeHost
+    from tests.fake_boxes import Execution
+    from tests.fake_host import FakeHost
 
 
 class FakeFollowing:

@@ -22,7 +22,7 @@ from typing import Any
 if __name__ == "__main__":  # else the tree to be tested is on the path already, as a bundle
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hostd import boxes, config, images, jobs, keeper_spec, keepers, namespaces, packets, serve, setup, zygotes
+from hostd import boxes, bundles, config, images, jobs, keeper_spec, keepers, namespaces, packets, serve, setup, zygotes
 from hostd.boxes import Slot, SlotState
 from hostd.config import HostConfig
 from hostd.keepers import start_time
@@ -35,7 +35,7 @@ def slot_path(cfg: HostConfig, slot: str) -> Path:
     return Path(cfg.slots) / f"{slot}.json"
 
 
-def new_slot(cfg: HostConfig, image: str, disk_bytes: int, box: str | None = None) -> Slot:
+def new_slot(cfg: HostConfig, image: str, disk_bytes: int, box: str | None = None, *, machine_id: str = "") -> Slot:
     taken = {config.slot_number(path.stem) for path in Path(cfg.slots).glob("*.json")}
     n = next(n for n in range(100) if n not in taken)
     slot = f"s{n}-{secrets.token_hex(3)}"
@@ -158,6 +158,7 @@ def serve_stub(path: str, inherited: tuple[int, int] | None) -> int:
     for folder in (cfg.slots, cfg.names, cfg.warm_slots, cfg.run, f"{cfg.run}/k", f"{cfg.run}/stub-keeper", cfg.pool):
         os.makedirs(folder, exist_ok=True)
     keepers.HUNG_SECONDS = float(os.environ.get("STUB_HUNG_SECONDS", "600"))
+    bundles.machine_id = lambda *_: "0" * 32
     for name in ("new_slot", "claim_warm", "mark_warm", "list_slots"):
         setattr(boxes, name, globals()[name])
     for name in ("make_disk", "boot", "set_limits", "stop", "destroy", "restart_keeper"):
