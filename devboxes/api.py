@@ -199,6 +199,49 @@ class Shutdown(APIView):
         return _answer(caller, id)
 
 
+class Suspend(APIView):
+    """The sleep of a devbox."""
+
+    @extend_schema(
+        operation_id="suspendDevbox",
+        summary="Suspend a devbox",
+        description="Answers at once with `suspending`; it is `suspended` when its disk is written for good on its "
+        "host. What runs in it ends: commands as completed with 137, terminals and streams cleanly. Of a devbox that "
+        "sleeps only the disk takes up room.",
+        tags=_TAGS,
+        request=None,
+        responses={**_VIEW, 400: OpenApiResponse(description="The devbox does not run."), **_NOT_FOUND},
+    )
+    def post(self, request: Request, id: str) -> Response:
+        caller = caller_of(request)
+        services.suspend_devbox(caller, id, request_id=request_id_of(request))
+        return _answer(caller, id)
+
+
+class Resume(APIView):
+    """Its waking."""
+
+    @extend_schema(
+        operation_id="resumeDevbox",
+        summary="Resume a suspended devbox",
+        description="Answers at once with `provisioning`; then it goes on as one that was created, on the disk it had: "
+        "`initializing` while its launch commands run again, then `running`. Its keep-alive time begins anew. Is its "
+        "host full for too long, it is `suspended` again.",
+        tags=_TAGS,
+        request=None,
+        responses={
+            **_VIEW,
+            400: OpenApiResponse(description="The devbox is not suspended."),
+            **_NOT_FOUND,
+            429: OpenApiResponse(description="The account has as many devboxes running as it may."),
+        },
+    )
+    def post(self, request: Request, id: str) -> Response:
+        caller = caller_of(request)
+        services.resume_devbox(caller, id, request_id=request_id_of(request))
+        return _answer(caller, id)
+
+
 class KeepAlive(APIView):
     """The devbox's idle clock."""
 

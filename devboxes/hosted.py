@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from django.db import connection, transaction
 
 from devboxes import launch, logs, states
-from devboxes.devbox_flow import devbox_flow, entering, transition
+from devboxes.devbox_flow import devbox_flow
+from devboxes.flow_rows import entering, transition
 from flows.outcomes import DatabaseNow
 from hosts import registry
 from hosts.registry import BoxExitEvent, ExitEvent, ExpectedBox, ExpectedExecution, HostedKind, NoticeEvent
@@ -26,6 +27,8 @@ def on_box_exits(events: list[BoxExitEvent]) -> list[str]:
     false = _false_reports(events)
     for event in events:
         if event.box in false:
+            continue
+        if event.rebooted and _starts_again(event):
             continue
         if event.oom:
             reason, why = "out_of_memory", "the memory of its box was used up"
@@ -53,11 +56,38 @@ def on_box_exits(events: list[BoxExitEvent]) -> list[str]:
                 "seen_at": DatabaseNow(),
             },
             # Only of the box this row has up: an event from its host, about a box that was started.
-            guard=f"{_NOT_OVER} AND host_id = %s AND step IN ('{states.BOOT}', '{states.LAUNCH}', '{states.RUNNING}')",
-            guard_params=(event.host_id,),
+            guard=f"{_NOT_OVER} AND host_id = %s AND step = ANY(%s)",
+            guard_params=(event.host_id, _steps_ended_by(event)),
             alongside=transition("failure", reason),
         )
     return [event.box for event in events]
+
+
+def _steps_ended_by(event: BoxExitEvent) -> list[str]:
+    """The steps in which the news ends the devbox. One that is being suspended needs its disk only; that of one that
+    is, or is on its way back from there, is missed by a comparison alone."""
+    up = [states.BOOT, *states.UP]
+    return [*up, states.SUSPENDED] if event.lost is not None and not event.rebooted else up
+
+
+def _starts_again(event: BoxExitEvent) -> bool:
+    """Its host was restarted and has its disk: it starts again on that, as if it were resumed."""
+    why = "its host was restarted, and it was started again on its disk"
+    return devbox_flow.request(
+        event.box,
+        {
+            "step": states.READMIT,
+            "step_since": DatabaseNow(),
+            **entering(states.READMIT),
+            "why": why,
+            "cause": {"kind": "host_restarted"},
+            "seen": "exited",
+            "seen_at": DatabaseNow(),
+        },
+        guard=f"{_NOT_OVER} AND host_id = %s AND step = ANY(%s)",
+        guard_params=(event.host_id, sorted(states.UP)),
+        alongside=transition(states.STATUS[states.READMIT], None),
+    )
 
 
 def on_exits(events: list[ExitEvent]) -> list[str]:
@@ -69,19 +99,23 @@ def on_exits(events: list[ExitEvent]) -> list[str]:
     false = _false_reports(events)
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT id, step, launch_index, launch_total FROM devboxes_devbox WHERE id = ANY(%s) AND ended_at IS NULL",
+            "SELECT id, step, launch_index, launch_total, starts FROM devboxes_devbox "
+            "WHERE id = ANY(%s) AND ended_at IS NULL",
             [list({event.box for event in events} - false)],
         )
-        step_of: dict[str, str] = {}
+        entrypoints: dict[str, str] = {}
         ahead: dict[str, set[str]] = {}
-        for pk, step, index, total in cursor.fetchall():
-            step_of[pk] = step
+        for pk, step, index, total, starts in cursor.fetchall():
+            if step in states.UP:  # else it was ended with the box
+                entrypoints[pk] = launch.work_id(pk, launch.ENTRYPOINT, starts)
             if step == states.LAUNCH:
-                ahead[pk] = {launch.work_id(pk, piece) for piece in range(index, total)}
+                ahead[pk] = {launch.work_id(pk, piece, starts) for piece in range(index, total)}
+            elif step == states.RUN_HOOKS:
+                ahead[pk] = {piece.id for piece in launch.suspend_work(pk).work}
     acknowledged: list[str] = []
     awaited: set[str] = set()
     for event in events:
-        if event.box in step_of and event.id == launch.work_id(event.box, launch.ENTRYPOINT):
+        if event.id == entrypoints.get(event.box):
             _entrypoint_ended(event)
         elif event.id in ahead.get(event.box, ()):
             awaited.add(event.box)
@@ -137,8 +171,9 @@ def _entrypoint_ended(event: ExitEvent) -> None:
         columns["cause"] = {"kind": "entrypoint_exit", **told}
         beside = transition("shutdown", None)
     with transaction.atomic():  # a repetition of the event would find the devbox over and write no log any more
-        guard = f"{_NOT_OVER} AND host_id = %s"
-        if devbox_flow.request(event.box, columns, guard=guard, guard_params=(event.host_id,), alongside=beside):
+        guard = f"{_NOT_OVER} AND host_id = %s AND step = ANY(%s)"
+        params = (event.host_id, sorted(states.UP))
+        if devbox_flow.request(event.box, columns, guard=guard, guard_params=params, alongside=beside):
             with connection.cursor() as cursor:
                 logs.write(cursor, event.box, entries)
 
@@ -167,7 +202,13 @@ def expected_on_host(host_id: str) -> Sequence[ExpectedBox]:
             [host_id, list(states.ON_HOST)],
         )
         return [
-            ExpectedBox(box=pk, up=step in states.UP, fence=fence, settled=free and step in states.UP)
+            ExpectedBox(
+                box=pk,
+                up=step in states.UP,
+                fence=fence,
+                settled=free and (step in states.UP or step == states.SUSPENDED),
+                asleep=step == states.SUSPENDED,
+            )
             for pk, step, fence, free in cursor.fetchall()
         ]
 
@@ -176,12 +217,12 @@ def expected_entrypoints(host_id: str) -> Sequence[ExpectedExecution]:
     """Every entrypoint that the rows say runs on that host. Other launch work is looked after by its flow."""
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT id, fence FROM devboxes_devbox WHERE host_id = %s AND step = %s AND entrypoint <> ''",
-            [host_id, states.RUNNING],
+            "SELECT id, fence, starts FROM devboxes_devbox WHERE host_id = %s AND step = ANY(%s) AND entrypoint <> ''",
+            [host_id, sorted(states.UP - {states.LAUNCH})],
         )
         return [
-            ExpectedExecution(id=launch.work_id(pk, launch.ENTRYPOINT), box=pk, fence=fence)
-            for pk, fence in cursor.fetchall()
+            ExpectedExecution(id=launch.work_id(pk, launch.ENTRYPOINT, starts), box=pk, fence=fence)
+            for pk, fence, starts in cursor.fetchall()
         ]
 
 

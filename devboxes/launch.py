@@ -12,6 +12,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Literal
 
 from accounts.sealing import unseal
@@ -26,6 +27,8 @@ SETUP: Literal["setup_commands"] = "setup_commands"
 
 PREFIX = "set_"
 """Of the ids of launch work."""
+SUSPEND_DEADLINE_MS = 30_000
+SUSPEND_DEADLINE_MS_MAX = 60_000
 DEFAULT_USER = "user"
 DEFAULT_UID = 1000
 
@@ -100,9 +103,11 @@ class Work:
     secrets: Sequence[str] = field(default=())
 
 
-def work_id(devbox_id: str, what: int | str) -> str:
-    """The host's id for a piece of launch work: derived, so that a step that runs again asks for the same one."""
-    number = int.from_bytes(hashlib.sha256(f"{devbox_id}/{what}".encode()).digest()[:16])
+def work_id(devbox_id: str, what: int | str, starts: int = 0) -> str:
+    """The host's id for a piece of launch work of the so-manieth start: derived, so that a step that runs again asks
+    for the same one."""
+    place = f"{starts}/{what}" if starts else f"{what}"
+    number = int.from_bytes(hashlib.sha256(f"{devbox_id}/{place}".encode()).digest()[:16])
     return PREFIX + "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
 
 
@@ -153,15 +158,66 @@ def user_of(name: str, uid: int, home: str) -> User:
     return User(name=name, uid=uid, gid=uid, home=home)
 
 
+def count_again(devbox_id: str) -> int:
+    """How many pieces of work `plan` will make for a devbox that is started again."""
+    started_at, user_name, user_uid, mounts_sealed, launch_commands, entrypoint = Devbox.objects.values_list(
+        "started_at", "user_name", "user_uid", "mounts_sealed", "launch_commands", "entrypoint"
+    ).get(pk=devbox_id)
+    if started_at is not None:
+        return len(launch_commands) + bool(entrypoint)
+    mounts = unseal(mounts_sealed) if mounts_sealed else []
+    return count(
+        user_name=user_name, user_uid=user_uid, mounts=mounts, launch_commands=launch_commands, entrypoint=entrypoint
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SuspendWork:
+    """Suspend commands, and how long they may take together."""
+
+    work: list[Work]
+    within: timedelta
+
+
+def suspend_work(devbox_id: str) -> SuspendWork:
+    """What is run in a devbox before it is suspended, this time. One SELECT; raises SealBroken."""
+    name, uid, home, environment_sealed, parameters, starts = Devbox.objects.values_list(
+        "user_name", "user_uid", "user_home", "environment_sealed", "launch_parameters", "starts"
+    ).get(pk=devbox_id)
+    hooks = (parameters.get("lifecycle") or {}).get("lifecycle_hooks") or {}
+    commands = hooks.get("suspend_commands") or []
+    within = timedelta(milliseconds=hooks.get("suspend_deadline_ms") or SUSPEND_DEADLINE_MS)
+    if not commands:
+        return SuspendWork([], within)
+    env = command_environment(
+        user_name=name,
+        user_home=home,
+        devbox_id=devbox_id,
+        variables=unseal(environment_sealed) if environment_sealed else {},
+    )
+    user = user_of(name, uid, home)
+    work = [
+        Work(
+            work_id(devbox_id, f"suspend/{place}", starts),
+            command,
+            _command(command, user=user, env=env, cwd=home),
+        )
+        for place, command in enumerate(commands)
+    ]
+    return SuspendWork(work, within)
+
+
 def plan(devbox_id: str) -> list[Work]:
-    """All launch work of a devbox, in order: user, mounts, launch commands, entrypoint. One SELECT.
+    """All launch work of a devbox, in order: user, mounts, launch commands, entrypoint; the last two only when it has
+    been running before, for the others are on its disk. One SELECT.
 
     Raises accounts.sealing.SealBroken when its secrets cannot be opened any more.
     """
     row = Devbox.objects.values_list(
-        "user_name", "user_uid", "user_home", "environment_sealed", "mounts_sealed", "launch_commands", "entrypoint"
-    ).get(pk=devbox_id)
-    name, uid, home, environment_sealed, mounts_sealed, launch_commands, entrypoint = row
+        "user_name", "user_uid", "user_home", "environment_sealed", "mounts_sealed", "launch_commands", "entrypoint",
+        "starts", "started_at"
+    ).get(pk=devbox_id)  # fmt: skip
+    name, uid, home, environment_sealed, mounts_sealed, launch_commands, entrypoint, starts, started_at = row
     env = command_environment(
         user_name=name,
         user_home=home,
@@ -169,14 +225,15 @@ def plan(devbox_id: str) -> list[Work]:
         variables=unseal(environment_sealed) if environment_sealed else {},
     )
     bare = {"PATH": PATH, "HOME": ROOT["home"], "LANG": "C.UTF-8"}
-    mounts: list[dict[str, Any]] = unseal(mounts_sealed) if mounts_sealed else []
+    is_new = started_at is None
+    mounts: list[dict[str, Any]] = unseal(mounts_sealed) if mounts_sealed and is_new else []
     user = user_of(name, uid, home)
     found: list[Work] = []
 
     def add(title: str, body: SpawnBody, *, secrets: Sequence[str] = ()) -> None:
-        found.append(Work(work_id(devbox_id, len(found)), title, body, secrets=secrets))
+        found.append(Work(work_id(devbox_id, len(found), starts), title, body, secrets=secrets))
 
-    if needs_user(name, uid):
+    if is_new and needs_user(name, uid):
         add(f"make user {name}", _script(_MAKE_USER, name, str(uid), home, user=ROOT, env=bare))
     for mount in mounts:
         if mount["type"] == "file_mount":
@@ -197,5 +254,5 @@ def plan(devbox_id: str) -> list[Work]:
         add(command, _command(command, user=user, env=env, cwd=home))
     if entrypoint:
         body = _command(entrypoint, user=user, env=env, cwd=home)
-        found.append(Work(work_id(devbox_id, ENTRYPOINT), entrypoint, body, source=ENTRYPOINT, awaited=False))
+        found.append(Work(work_id(devbox_id, ENTRYPOINT, starts), entrypoint, body, source=ENTRYPOINT, awaited=False))
     return found

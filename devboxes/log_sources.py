@@ -74,7 +74,8 @@ def sources() -> list[LogSource]:
 
 
 _SCOPE: Final = """
-SELECT id, account_id, host_id, step, launch_total > 0, ended_at IS NOT NULL, completed_at IS NOT NULL
+SELECT id, account_id, CASE WHEN step <> 'suspended' THEN host_id END, step, launch_total > 0,
+       ended_at IS NOT NULL, completed_at IS NOT NULL
   FROM devboxes_devbox WHERE id = %s AND account_id = %s
 """
 

@@ -34,8 +34,12 @@ class Devbox(Durable):
 
     host = models.ForeignKey("hosts.Host", on_delete=models.PROTECT, related_name="devboxes", null=True, blank=True)
     reserved = models.BooleanField(default=False, help_text="Its size is promised to it on its host.")
+    compute_reserved = models.BooleanField(
+        db_default=True, default=True, help_text="CPU and memory, too, are promised to it: not while it is suspended."
+    )
     slot = models.TextField(blank=True, default="", help_text="Its name on the host.")
     address = models.TextField(blank=True, default="")
+    machine_id = models.TextField(blank=True, db_default="", default="", help_text="What its /etc/machine-id says.")
     image_id = models.TextField(blank=True, default="")
     architecture = models.TextField(default="x86_64")
     cpu_millis = models.IntegerField()
@@ -56,21 +60,23 @@ class Devbox(Durable):
     host_clock_at_start = models.FloatField(
         null=True, blank=True, help_text="Its host's monotonic clock when it began to run, in seconds."
     )
+    starts = models.IntegerField(db_default=0, default=0, help_text="How often it was started again.")
     launch_total = models.IntegerField(default=0, help_text="How many pieces of launch work it has.")
     launch_index = models.IntegerField(default=0, help_text="How many pieces of its launch work are done.")
     launch_items = models.JSONField(default=list, blank=True, help_text="What became of each piece of launch work.")
     placed_at = models.DateTimeField(null=True, blank=True, help_text="When a host was found for it.")
     disk_at = models.DateTimeField(null=True, blank=True, help_text="When its disk was made.")
     booted_at = models.DateTimeField(null=True, blank=True, help_text="When its box was up.")
-    started_at = models.DateTimeField(null=True, blank=True, help_text="When it was first running.")
+    started_at = models.DateTimeField(null=True, blank=True, help_text="When it was last started.")
+    suspended_at = models.DateTimeField(null=True, blank=True, help_text="When it was last suspended.")
     last_activity_at = models.DateTimeField(null=True, blank=True)
     last_activity_kind = models.TextField(blank=True, db_default="", default="", help_text="What it was last used as.")
 
     ended_at = models.DateTimeField(null=True, blank=True, help_text="When its final status was decided.")
     failure_reason = models.TextField(null=True, blank=True)
     shutdown_reason = models.TextField(null=True, blank=True)
-    why = models.TextField(blank=True, default="", help_text="The cause of its end, in words.")
-    cause = models.JSONField(null=True, blank=True, help_text="The cause of its end: its kind, and the evidence.")
+    why = models.TextField(blank=True, default="", help_text="Why it ended, was suspended or started again, in words.")
+    cause = models.JSONField(null=True, blank=True, help_text="The same: its kind, and the evidence.")
 
     initiator_type = models.TextField(default="api")
     initiator_id = models.TextField(blank=True, default="", help_text="The API key that made it.")

@@ -24,7 +24,7 @@ from api.validation import (
     WholeField,
     validated,
 )
-from devboxes import sizes, states
+from devboxes import launch, sizes, states
 
 NAME_MAX = 255
 KEEP_ALIVE_DEFAULT = 3600
@@ -261,11 +261,31 @@ class ResumeTriggers(serializers.Serializer[Any]):
     axon_event = serializers.BooleanField(required=False, allow_null=True)
 
 
-class LifecycleConfigurationParameters(serializers.Serializer[Any]):
-    """Not available yet."""
+class LifecycleHooks(StrictSerializer):
+    """What is run in a devbox before it is suspended."""
 
-    after_idle = IdleConfigurationParameters(required=False, allow_null=True)
-    resume_triggers = ResumeTriggers(required=False, allow_null=True)
+    suspend_commands = serializers.ListField(
+        child=TextField(validators=[check_command]),
+        required=False,
+        allow_null=True,
+        max_length=COMMANDS_MAX,
+        help_text="Run one after the other as the devbox's user; one that fails is logged and stops nothing.",
+    )
+    suspend_deadline_ms = WholeField(
+        required=False,
+        allow_null=True,
+        min_value=1,
+        max_value=launch.SUSPEND_DEADLINE_MS_MAX,
+        help_text=f"How long they may take together; {launch.SUSPEND_DEADLINE_MS} if not given.",
+    )
+
+
+class LifecycleConfigurationParameters(StrictSerializer):
+    """What happens to a devbox that sleeps or is not used."""
+
+    after_idle = not_yet(IdleConfigurationParameters, "An action on idling is")
+    resume_triggers = not_yet(ResumeTriggers, "A trigger of resuming is")
+    lifecycle_hooks = LifecycleHooks(required=False, allow_null=True)
 
 
 class UserParameters(StrictSerializer):
@@ -309,7 +329,7 @@ class LaunchParameters(StrictSerializer):
     user_parameters = UserParameters(required=False, allow_null=True)
     required_services = not_yet({"type": "array", "items": _TEXT}, "Services are")
     network_policy_id = not_yet(_TEXT, "Network policies are")
-    lifecycle = not_yet(LifecycleConfigurationParameters, "Lifecycle configuration is")
+    lifecycle = LifecycleConfigurationParameters(required=False, allow_null=True)
     provisioning_tier = serializers.ChoiceField(choices=["standard", "flex"], required=False, allow_null=True)
 
     def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:

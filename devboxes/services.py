@@ -19,7 +19,9 @@ from api.errors import BadRequest, TooManyRequests, Unavailable
 from api.idempotency import body_digest, idempotent
 from api.ids import new_id
 from devboxes import launch, schemas, selectors, sizes, states
-from devboxes.devbox_flow import devbox_flow, entering, transition
+from devboxes.devbox_flow import devbox_flow
+from devboxes.flow_rows import entering, transition
+from devboxes.models import Devbox
 from flows.outcomes import DatabaseNow
 from flows.statements import RELAXED
 from hosts import placement
@@ -139,7 +141,8 @@ def _check_cap(account_id: str) -> None:
 
 def _live(cursor: Any, account_id: str, cap: int) -> int:
     cursor.execute(
-        "SELECT count(*) FROM (SELECT FROM devboxes_devbox WHERE account_id = %s AND ended_at IS NULL LIMIT %s) x",
+        "SELECT count(*) FROM (SELECT FROM devboxes_devbox "
+        "WHERE account_id = %s AND ended_at IS NULL AND status <> 'suspended' LIMIT %s) x",
         [account_id, cap + 1],
     )
     return int(cursor.fetchone()[0])
@@ -169,6 +172,7 @@ def _insert(devbox_id: str, columns: Mapping[str, Any]) -> None:
 _DEFAULTS: dict[str, Any] = {
     "seen": "",
     "reserved": False,
+    "compute_reserved": True,
     "slot": "",
     "address": "",
     "image_id": "",
@@ -215,7 +219,6 @@ def request_shutdown(
 
     False: it was over already. Whoever works on it loses it, and its host refuses their late calls.
     """
-    asked = {"key_id": caller.key_id, "member_id": caller.member_id} if caller else {}
     return devbox_flow.request(
         devbox_id,
         {
@@ -225,11 +228,102 @@ def request_shutdown(
             **entering(states.TEARDOWN),
             "shutdown_reason": reason,
             "why": why,
-            "cause": {"kind": "shutdown_requested", **{name: value for name, value in asked.items() if value}},
+            "cause": {"kind": "shutdown_requested", **_asked_by(caller)},
         },
         guard="ended_at IS NULL",
         alongside=transition("shutdown", None),
     )
+
+
+def suspend_devbox(caller: Caller, devbox_id: str, *, request_id: str | None) -> None:
+    """Suspend a devbox of the caller's that runs, whatever it is doing; its flow does the rest. Raises NotFound,
+    BadRequest when it does not run."""
+    row = selectors.access_devbox(caller, devbox_id)
+
+    def suspend() -> str:
+        if not request_suspend(devbox_id, why="it was asked to be suspended", caller=caller):
+            status = selectors.access_devbox(caller, devbox_id).status
+            raise BadRequest(f"devbox {devbox_id} is {status}; only a running one can be suspended")
+        return devbox_id
+
+    with transaction.atomic():
+        idempotent(caller, request_id, f"POST /v1/devboxes/{row.id}/suspend", body_digest(b""), suspend, devbox_id)
+
+
+def request_suspend(devbox_id: str, *, why: str, caller: Caller | None = None) -> bool:
+    """Record that a running devbox shall be suspended: it is `suspending` on return. False: it does not run."""
+    return devbox_flow.request(
+        devbox_id,
+        {
+            "wants": "suspended",
+            "step": states.RUN_HOOKS,
+            "step_since": DatabaseNow(),
+            **entering(states.RUN_HOOKS),
+            "why": why,
+            "cause": {"kind": "suspend_requested", **_asked_by(caller)},
+        },
+        guard="status = 'running'",
+        alongside=transition("suspending", None),
+    )
+
+
+def resume_devbox(caller: Caller, devbox_id: str, *, request_id: str | None) -> None:
+    """Start a suspended devbox of the caller's again. Raises NotFound, BadRequest when it is not suspended,
+    TooManyRequests at the account's cap of running devboxes."""
+    row = selectors.access_devbox(caller, devbox_id)
+
+    def resume() -> str:
+        if row.status != "suspended" or not request_resume(devbox_id):
+            status = selectors.access_devbox(caller, devbox_id).status
+            raise BadRequest(f"devbox {devbox_id} is {status}; only a suspended one can be resumed")
+        return devbox_id
+
+    with transaction.atomic():
+        idempotent(caller, request_id, f"POST /v1/devboxes/{row.id}/resume", body_digest(b""), resume, devbox_id)
+
+
+_WANT_RUNNING = """
+UPDATE devboxes_devbox SET wants = 'running', wakes = wakes + 1, wake_at = now()
+ WHERE id = %s AND status = 'suspending' AND completed_at IS NULL RETURNING id
+"""
+
+
+def request_resume(devbox_id: str) -> bool:
+    """Record that a devbox that is suspended shall run: it is `provisioning` on return. One that is still being
+    suspended starts again as soon as it is. True, too, when it is on its way already or runs; False: it is over.
+
+    Raises TooManyRequests at the account's cap of running devboxes.
+    """
+    with transaction.atomic():
+        found = Devbox.objects.values_list("account_id", "status").filter(pk=devbox_id).first()
+        if found is None or found[1] in states.OVER:
+            return False
+        if found[1] == "suspended":
+            _check_cap(found[0])
+            columns = {
+                "wants": "running",
+                "step": states.READMIT,
+                "step_since": DatabaseNow(),
+                **entering(states.READMIT),
+                "why": "",
+                "cause": None,
+            }
+            beside = transition(states.STATUS[states.READMIT], None)
+            if devbox_flow.request(devbox_id, columns, guard="status = 'suspended'", alongside=beside):
+                return True
+        elif found[1] == "suspending":
+            with connection.cursor() as cursor:
+                cursor.execute(_WANT_RUNNING, [devbox_id])
+                if cursor.fetchone() is not None:
+                    devbox_flow.nudge(devbox_id)
+                    return True
+    # Somebody was quicker. What they made of it is what counts.
+    return bool(Devbox.objects.filter(pk=devbox_id, ended_at__isnull=True).exists())
+
+
+def _asked_by(caller: Caller | None) -> dict[str, str]:
+    asked = {"key_id": caller.key_id, "member_id": caller.member_id} if caller else {}
+    return {name: value for name, value in asked.items() if value}
 
 
 def keep_alive(devbox_id: str) -> None:

@@ -1,15 +1,18 @@
 """The life of a devbox as literal tables: step -> public status, legal moves, and how long each step may take.
 
-    place ──► prepare_disk ──► boot ──► launch ──► running          provisioning: place, prepare_disk, boot
-      │            │            │         │           │             initializing: launch
-      ├────────────┴────────────┴─────────┴───────────┤             running:      running
-      │                                               │
-      │ asked to end, keep-alive over, entrypoint out │ it failed, or its time was up
-      ▼                                               ▼
-    teardown ──► gone                             clean_up ──► failed
-      (shutdown)                                      (failure)
+    place ──► prepare_disk ──► boot ──► launch ──► running                    provisioning: place, prepare_disk, boot,
+                                 ▲                    │             │                         readmit, take_disk
+                                 │                    ▼             ▼           initializing: launch
+    suspended ──► readmit ──► take_disk         run_hooks ◄─────────┘           running:      running
+        ▲                                             │                         suspending:   run_hooks, quiet, suspend
+        └─────────────── suspend ◄── quiet ◄──────────┘                         suspended:    suspended
 
-A warm box needs no `boot`, a devbox without launch work no `launch`: such a step is gone over.
+    from any of these:   asked to end, a clock over, entrypoint out:   teardown ──► gone     (shutdown)
+                         it failed, or its time was up:                clean_up ──► failed   (failure)
+
+A warm box needs no `boot`, a devbox without launch work no `launch`: such a step is gone over. A devbox whose host was
+restarted goes from where it was to `readmit`, on the disk that its host still has. One that is resumed is provisioning,
+and never says `resuming`, which clients take for an end.
 
 In charge of: the tables. Not in charge of: making the moves (`devboxes.devbox_flow`, `devboxes.services`).
 
@@ -27,6 +30,12 @@ PREPARE_DISK: Final = "prepare_disk"
 BOOT: Final = "boot"
 LAUNCH: Final = "launch"
 RUNNING: Final = "running"
+RUN_HOOKS: Final = "run_hooks"
+QUIET: Final = "quiet"
+SUSPEND: Final = "suspend"
+SUSPENDED: Final = "suspended"
+READMIT: Final = "readmit"
+TAKE_DISK: Final = "take_disk"
 TEARDOWN: Final = "teardown"
 GONE: Final = "gone"
 CLEAN_UP: Final = "clean_up"
@@ -38,6 +47,12 @@ STATUS: Final[dict[str, str]] = {
     BOOT: "provisioning",
     LAUNCH: "initializing",
     RUNNING: "running",
+    RUN_HOOKS: "suspending",
+    QUIET: "suspending",
+    SUSPEND: "suspending",
+    SUSPENDED: "suspended",
+    READMIT: "provisioning",
+    TAKE_DISK: "provisioning",
     TEARDOWN: "shutdown",
     GONE: "shutdown",
     CLEAN_UP: "failure",
@@ -48,8 +63,14 @@ MOVES: Final[dict[str, frozenset[str]]] = {
     PLACE: frozenset({PREPARE_DISK, TEARDOWN, CLEAN_UP}),
     PREPARE_DISK: frozenset({BOOT, LAUNCH, RUNNING, TEARDOWN, CLEAN_UP}),
     BOOT: frozenset({LAUNCH, RUNNING, TEARDOWN, CLEAN_UP}),
-    LAUNCH: frozenset({RUNNING, TEARDOWN, CLEAN_UP}),
-    RUNNING: frozenset({TEARDOWN, CLEAN_UP}),
+    LAUNCH: frozenset({RUNNING, READMIT, TEARDOWN, CLEAN_UP}),
+    RUNNING: frozenset({RUN_HOOKS, READMIT, TEARDOWN, CLEAN_UP}),
+    RUN_HOOKS: frozenset({QUIET, TEARDOWN, CLEAN_UP}),
+    QUIET: frozenset({SUSPEND, TEARDOWN, CLEAN_UP}),
+    SUSPEND: frozenset({SUSPENDED, TEARDOWN, CLEAN_UP}),
+    SUSPENDED: frozenset({READMIT, TEARDOWN, CLEAN_UP}),
+    READMIT: frozenset({TAKE_DISK, SUSPENDED, TEARDOWN, CLEAN_UP}),
+    TAKE_DISK: frozenset({BOOT, TEARDOWN, CLEAN_UP}),
     TEARDOWN: frozenset({GONE}),
     CLEAN_UP: frozenset({FAILED}),
     GONE: frozenset(),
@@ -66,7 +87,7 @@ STATUSES: Final = (
     "failure",
     "shutdown",
 )
-"""Every status of the contract, in its order. Those of suspend are not reached yet."""
+"""Every status of the contract, in its order. No devbox is ever `resuming`."""
 
 OVER: Final = frozenset({"failure", "shutdown"})
 """Statuses that never change again."""
@@ -79,7 +100,7 @@ ACTIVITIES: Final = ("call", "command", "file", "terminal", "tunnel", "ssh", "ke
 or a file; what only reads our records (get, lists, waits, logs, why) does not: who waits for a devbox to fall asleep
 would keep it awake. `call` is any other change."""
 
-ON_HOST: Final = frozenset({PREPARE_DISK, BOOT, LAUNCH, RUNNING, TEARDOWN, CLEAN_UP})
+ON_HOST: Final = frozenset(set(STATUS) - {PLACE, GONE, FAILED})
 """Steps in which a host may have something of the devbox."""
 
 UP: Final = frozenset({LAUNCH, RUNNING})
@@ -93,7 +114,13 @@ def seconds_for(step: str) -> float | None:
         PREPARE_DISK: 120.0,
         BOOT: 120.0,
         LAUNCH: 3600.0,
-        RUNNING: None,  # its end is `end_at`
+        RUNNING: None,  # its clocks are `clocks`' business
+        RUN_HOOKS: 75.0,  # a little over the longest time that may be asked for
+        QUIET: None,  # the step itself goes on after a minute
+        SUSPEND: 900.0,
+        SUSPENDED: None,
+        READMIT: settings.BERTH.PLACE_FOR,
+        TAKE_DISK: 120.0,
         TEARDOWN: None,  # until its host has answered, or is declared lost
         CLEAN_UP: None,
         GONE: None,

@@ -12,6 +12,8 @@ urlpatterns = [
     path("v1/devboxes/evictions/watch", api.WatchEvictions.as_view()),
     path("v1/devboxes/<str:id>", api.Devbox.as_view()),
     path("v1/devboxes/<str:id>/shutdown", api.Shutdown.as_view()),
+    path("v1/devboxes/<str:id>/suspend", api.Suspend.as_view()),
+    path("v1/devboxes/<str:id>/resume", api.Resume.as_view()),
     path("v1/devboxes/<str:id>/keep_alive", api.KeepAlive.as_view()),
     path("v1/devboxes/<str:id>/wait_for_status", api.WaitForStatus.as_view()),
     path("v1/devboxes/<str:id>/why", why.Why.as_view()),

@@ -25,9 +25,12 @@ from api.schema import problem
 from api.validation import INT64_MAX
 from devboxes import states
 
-PHASES: Final = ("queued", "placed", "disk_ready", "booted", "running", "ended", "removed")
+PHASES: Final = ("queued", "placed", "disk_ready", "booted", "running", "suspended", "ended", "removed")
 CAUSES: Final = (
     "shutdown_requested",
+    "suspend_requested",
+    "host_restarted",
+    "disk_lost",
     "keep_alive_timeout",
     "entrypoint_exit",
     "entrypoint_lost",
@@ -53,7 +56,15 @@ CASE WHEN h.seen_at < clock_timestamp() - make_interval(secs => %s) THEN {millis
 """
 """SQL for since when a host `h` is silent, null when it is heard; parameter: seconds."""
 
-_TIMES: Final = ("d.created_at", "d.placed_at", "d.disk_at", "d.booted_at", "d.started_at", "d.ended_at")
+_TIMES: Final = (
+    "d.created_at",
+    "d.placed_at",
+    "d.disk_at",
+    "d.booted_at",
+    "d.started_at",
+    "d.suspended_at",
+    "d.ended_at",
+)
 _READ: Final = f"""
 SELECT d.status, d.why, d.cause::text, d.launch_items::text, d.launch_total, d.host_id, {SILENT_SINCE},
        {", ".join(milliseconds(column) for column in _TIMES)},
@@ -75,17 +86,26 @@ def explain(caller: Caller, devbox_id: str) -> dict[str, Any]:
     return {
         "id": devbox_id,
         "status": status,
-        "phases": phases(zip(PHASES, times, strict=True)),
+        "phases": _in_order(phases(zip(PHASES, times, strict=True))),
         "host": host(host_id, None if over else silent_since),
         "launch": [_launch_item(item) for item in orjson.loads(items)],
         "launch_total": total,
-        "cause": _cause(orjson.loads(cause) if cause else None, why, times[PHASES.index("ended")]) if over else None,
+        "cause": _cause(orjson.loads(cause) if cause else None, why, times[PHASES.index("ended")])
+        if over or cause
+        else None,
     }
 
 
 def phases(found: Any) -> list[dict[str, Any]]:
     """Pairs of a phase and a time, those that were reached."""
     return [{"phase": name, "at_ms": at} for name, at in found if at is not None]
+
+
+def _in_order(reached: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of one that was suspended, when each was reached last."""
+    if all(phase["phase"] != "suspended" for phase in reached):
+        return reached
+    return sorted(reached, key=lambda phase: int(phase["at_ms"]))
 
 
 def host(host_id: str | None, silent_since_ms: int | None) -> dict[str, Any] | None:
@@ -110,7 +130,7 @@ def _cause(found: dict[str, Any] | None, why: str, ended_ms: int | None) -> dict
     if found is None:
         return {"kind": None, "message": why} if why else None
     cause = {"message": why, "at_ms": ended_ms, **found}
-    if cause["kind"] == "shutdown_requested":
+    if cause["kind"] in ("shutdown_requested", "suspend_requested"):
         cause["by"] = {"key_id": cause.pop("key_id", None), "member_id": cause.pop("member_id", None)}
     if cause["kind"] == "launch_failed":
         reported = cause.pop("reported", None) or {}
@@ -198,7 +218,7 @@ class DevboxWhyView(serializers.Serializer[Any]):
     host = PhaseHostView(allow_null=True)
     launch = LaunchItemView(many=True)
     launch_total = serializers.IntegerField(help_text="How many pieces of launch work it has.")
-    cause = DevboxCauseView(allow_null=True, help_text="Null while it is not over.")
+    cause = DevboxCauseView(allow_null=True, help_text="Null while nothing has ended or suspended it.")
 
 
 _EXAMPLE = OpenApiExample(

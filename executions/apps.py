@@ -26,6 +26,8 @@ class ExecutionsConfig(AppConfig):
                 on_heard=services.on_heard,
                 before_destroy=services.before_destroy,
                 after_destroy=services.after_destroy,
+                before_suspend=services.before_suspend,
+                after_suspend=services.after_suspend,
             ),
         )
         log_sources.register("exe", ExecutionLogs())

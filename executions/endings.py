@@ -13,10 +13,13 @@ ASKED: Final = "asked"
 """`stop_why` of a stop that came through the API."""
 DEVBOX_ENDING: Final = "devbox_ending"
 """`stop_why` of commands whose devbox is being torn down."""
+DEVBOX_SUSPENDED: Final = "devbox_suspended"
+"""`stop_why` of commands whose devbox is being suspended."""
 
 _SENTENCES: Final = {
     ASKED: "it was killed on request",
     DEVBOX_ENDING: "its devbox ended",
+    DEVBOX_SUSPENDED: "its devbox was suspended",
     "devbox_ended": "its devbox ended",
     "oom": "it ran out of memory",
     "killed": "it was killed from outside",

@@ -28,7 +28,7 @@ from devboxes import selectors as devboxes
 from devboxes.models import Devbox
 from executions import shells
 from executions.copying import Copy, Source, copy_some
-from executions.endings import stopped_reason
+from executions.endings import DEVBOX_SUSPENDED, stopped_reason
 from executions.environment import spawn_body
 from executions.models import Execution, Kept, Status
 from executions.outputs import output_key
@@ -159,10 +159,11 @@ class ExecutionFlow(Flow[ExecutionRow]):
     def _without_box(self, row: ExecutionRow) -> Outcome | None:
         """The host has no such box: believed at once when the devbox is over, else only after it said so repeatedly."""
         status = Devbox.objects.values_list("status", flat=True).get(pk=row.devbox_id)
-        if status == "shutdown":
+        if status in ("shutdown", "suspending", "suspended"):
             # Closed here, too, because the row may have been made just after the devbox closed its others.
             gone = {} if row.step == "spawn" else {"kept": Kept.NOWHERE}
-            return self._ended(row, 128 + SIGKILL, {"kind": "devbox_ended"}, gone)
+            kind = "devbox_ended" if status == "shutdown" else DEVBOX_SUSPENDED
+            return self._ended(row, 128 + SIGKILL, {"kind": kind}, gone)
         if status == "running" and row.attempts < BOX_GONE_TRIES:
             return None
         return self._lost("its devbox was gone", _NO_OUTPUT if row.step == "spawn" else {})

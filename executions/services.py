@@ -26,7 +26,7 @@ from devboxes import selectors as devboxes
 from devboxes.devbox_flow import devbox_flow
 from devboxes.services import touch
 from executions import shells
-from executions.endings import ASKED, DEVBOX_ENDING
+from executions.endings import ASKED, DEVBOX_ENDING, DEVBOX_SUSPENDED
 from executions.execution_flow import START_WITHIN_SECONDS, STORE_WITHIN_SECONDS, execution_flow
 from executions.models import Kept
 from flows import hints
@@ -274,7 +274,9 @@ def finish_executions(events: Sequence[ExitEvent]) -> list[str]:
     for execution_id, _, step, *_ in finished:
         if step == "store":
             execution_flow.nudge(execution_id)
-    devboxes_ending = {devbox_id for _, devbox_id, _, stop_why, _ in finished if stop_why == DEVBOX_ENDING}
+    devboxes_ending = {
+        devbox_id for _, devbox_id, _, stop_why, _ in finished if stop_why in (DEVBOX_ENDING, DEVBOX_SUSPENDED)
+    }
     if devboxes_ending:
         devbox_flow.wake(*devboxes_ending)
     lines = [(devbox_id, shell) for _, devbox_id, _, _, shell in finished if shell is not None]
@@ -354,7 +356,16 @@ def before_destroy(devbox_id: str) -> bool:
 
     The devbox is woken when the last end comes in.
     """
-    for (execution_id,) in _fetch_all(_STOP_ALL, (DEVBOX_ENDING, devbox_id)):
+    return _stop_all(devbox_id, DEVBOX_ENDING)
+
+
+def before_suspend(devbox_id: str) -> bool:
+    """The same, of one that is to be suspended."""
+    return _stop_all(devbox_id, DEVBOX_SUSPENDED)
+
+
+def _stop_all(devbox_id: str, why: str) -> bool:
+    for (execution_id,) in _fetch_all(_STOP_ALL, (why, devbox_id)):
         execution_flow.nudge(execution_id)
     left = _fetch_all(_LEFT, (devbox_id, devbox_id))
     return not left[0][0]
@@ -376,7 +387,19 @@ def after_destroy(devbox_id: str, reason: str) -> None:
     """The devbox's box is gone: what has not ended ends as killed, or as lost with a devbox that failed without saying
     how; outputs that were not copied are gone. `reason` is the devbox's shutdown or failure reason."""
     exit_status = -1 if reason == "health_check_failed" else 137
-    told = orjson.dumps({"kind": "devbox_ended", "detail": reason}).decode()
+    _close_all(devbox_id, exit_status, {"kind": "devbox_ended", "detail": reason})
+
+
+def after_suspend(devbox_id: str, why: str) -> None:
+    """Only the devbox's disk is left: what has not ended ends as killed, or as lost when that was not our doing."""
+    if why == "suspended":
+        _close_all(devbox_id, 137, {"kind": DEVBOX_SUSPENDED})
+    else:
+        _close_all(devbox_id, -1, {"kind": "lost", "detail": why})
+
+
+def _close_all(devbox_id: str, exit_status: int, reason: Mapping[str, str]) -> None:
+    told = orjson.dumps(reason).decode()
     closed = _fetch_all(_CLOSE_ALL, (exit_status, told, devbox_id))
     hints.publish(*[row[0] for row in closed])
 

@@ -36,6 +36,7 @@ CAUSES: Final = (
     "kill_requested",
     "not_started",
     "devbox_ended",
+    "devbox_suspended",
     "host_lost",
     "lost",
 )
@@ -43,6 +44,7 @@ _KINDS: Final = {
     endings.ASKED: "kill_requested",
     endings.DEVBOX_ENDING: "devbox_ended",
     "devbox_ended": "devbox_ended",
+    endings.DEVBOX_SUSPENDED: "devbox_suspended",
     "oom": "out_of_memory",
     "signal": "signal",
     "killed_before_start": "kill_requested",

@@ -88,7 +88,13 @@ def box_exit_event(host_id: str, wire: messages.BoxExitEvent) -> BoxExitEvent:
     memory = wire.get("memory")
     figures = _numbers(memory, ("kills", *MEMORY)) if isinstance(memory, dict) else None
     return BoxExitEvent(
-        host_id, wire["box"], wire.get("exit"), bool(wire.get("oom")), wire.get("at_ms"), memory=figures
+        host_id,
+        wire["box"],
+        wire.get("exit"),
+        bool(wire.get("oom")),
+        wire.get("at_ms"),
+        rebooted=bool(wire.get("rebooted")),
+        memory=figures,
     )
 
 

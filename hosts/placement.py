@@ -47,6 +47,16 @@ _HOLDS = """
     AND %(disk)s <= disk_mb * (1 - %(pool_kept)s)
 """
 
+# For a box that is there already and whose disk is promised: one that was suspended. A host that takes no new ones goes
+# on with those it has.
+_COMPUTE = """
+    id = %(id)s AND state IN ('ready', 'retiring')
+    AND seen_at > clock_timestamp() - make_interval(secs => %(silent_after)s)
+    AND used_cpu_millis + %(cpu)s <= cpu_millis * coalesce(overcommit_cpu, %(over_cpu)s)
+    AND used_memory_mb + %(memory)s <= memory_mb * coalesce(overcommit_memory, %(over_memory)s)
+    AND coalesce(memory_free_mb, memory_mb) >= memory_mb * %(memory_kept)s
+"""
+
 _RESERVE = f"""
     UPDATE hosts_host
        SET used_cpu_millis = used_cpu_millis + %(cpu)s, used_memory_mb = used_memory_mb + %(memory)s,
@@ -106,6 +116,23 @@ def _params(
 def reserve(cursor: Cursor, host_id: str, cpu_millis: int, memory_mb: int, disk_mb: int) -> bool:
     """Promise the resources on that host, in the caller's transaction. False: there is no room (any more)."""
     cursor.execute(_RESERVE, _params(cpu_millis, memory_mb, disk_mb, id=host_id))
+    return cursor.rowcount == 1
+
+
+def has_compute(host_id: str, cpu_millis: int, memory_mb: int) -> bool:
+    """Whether that host has CPU and memory for a box whose disk it has. Only `reserve_compute` makes it a promise."""
+    with connection.cursor() as cursor:
+        cursor.execute(f"SELECT FROM hosts_host WHERE {_COMPUTE}", _params(cpu_millis, memory_mb, 0, id=host_id))
+        return cursor.fetchone() is not None
+
+
+def reserve_compute(cursor: Cursor, host_id: str, cpu_millis: int, memory_mb: int) -> bool:
+    """Promise CPU and memory on the host that has the box's disk, in the caller's transaction. False: no room."""
+    cursor.execute(
+        f"UPDATE hosts_host SET used_cpu_millis = used_cpu_millis + %(cpu)s, "
+        f"used_memory_mb = used_memory_mb + %(memory)s WHERE {_COMPUTE}",
+        _params(cpu_millis, memory_mb, 0, id=host_id),
+    )
     return cursor.rowcount == 1
 
 

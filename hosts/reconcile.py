@@ -10,6 +10,7 @@ gone; read the other way round, one that was booted in between would look so.
 A row                          the report                    what follows
 up and settled                 has no such box               lost, at once, with the reason
 up and settled                 it is not up, twice in a row  lost (at once after a restart of the host)
+asleep and settled             has no such disk              lost, at once, with the reason
 running                        its box has no such command   lost, at once; with its box as above
 none for the box               has it, twice in a row        destroyed, its disk kept for a day
 none for the command           runs it, twice in a row       killed, if its owner says that it is over
@@ -30,6 +31,7 @@ from hosts.registry import BoxExitEvent, ExpectedBox, ExpectedExecution
 
 log = logging.getLogger(__name__)
 
+RESTARTED = "its host was restarted"
 _DOWN = "down:"
 
 
@@ -60,7 +62,7 @@ def plan(
     boxes = {row.box: row for row in expected if isinstance(row, ExpectedBox)}
     running = {row.id: row for row in expected if isinstance(row, ExpectedExecution)}
     reported = {box["box"]: box for box in report["boxes"]}
-    gone = "its host was restarted" if rebooted else "its host has it no more"
+    gone = RESTARTED if rebooted else "its host has it no more"
 
     # The end of a box and of its commands is an event that tells why (memory, an exit status); a report that is quicker
     # than the event must not take its place. Nobody tells of what a restart of the host ended.
@@ -70,10 +72,12 @@ def plan(
     lost_boxes = []
     for box_id, row in sorted(boxes.items()):
         if row.up and row.settled:
-            if box_id not in reported:
-                lost_boxes.append((box_id, gone))
+            if box_id not in reported:  # its disk, too, is gone
+                lost_boxes.append((box_id, "its host has it no more"))
             elif box_id in surely_down:
-                lost_boxes.append((box_id, "its host was restarted" if rebooted else "it is not running on its host"))
+                lost_boxes.append((box_id, RESTARTED if rebooted else "it is not running on its host"))
+        elif row.asleep and row.settled and box_id not in reported:
+            lost_boxes.append((box_id, "its host does not have its disk any more"))
 
     lost_executions = []
     for id, execution in sorted(running.items()):
@@ -111,14 +115,19 @@ def apply(client: HostClient, corrections: Corrections) -> None:
     """Make it so. Raises HostUnreachable; what was not done is found again by the next report."""
     host_id = client.host_id
     now = int(time.time() * 1000)
+    # Those that start again after a restart of the host come before what ran in them: the end of an entrypoint, which
+    # ends its devbox, is not an end of its own then.
+    lost = [
+        BoxExitEvent(host_id, box, None, False, now, lost=why, rebooted=why == RESTARTED)
+        for box, why in corrections.lost_boxes
+    ]
+    delivery.deliver_box_exits(event for event in lost if event.rebooted)
     if corrections.lost_executions:
         log.warning("host %s: %d commands are lost", host_id, len(corrections.lost_executions))
-        delivery.deliver_exits(delivery.lost_event(host_id, *lost) for lost in corrections.lost_executions)
+        delivery.deliver_exits(delivery.lost_event(host_id, *command) for command in corrections.lost_executions)
     if corrections.lost_boxes:
         log.warning("host %s: lost boxes: %s", host_id, corrections.lost_boxes)
-        delivery.deliver_box_exits(
-            BoxExitEvent(host_id, box, None, False, now, lost=why) for box, why in corrections.lost_boxes
-        )
+        delivery.deliver_box_exits(event for event in lost if not event.rebooted)
     for box, fence in corrections.unknown_boxes:
         log.error("host %s: %s is in no row: it is stopped, and its disk kept for a day", host_id, box)
         with _refusals_noted():

@@ -51,6 +51,8 @@ class BoxExitEvent:
     """Why it is gone when no host reported its exit (host rebooted, silent for too long); None: reported."""
     silent_since_ms: int | None = None
     """When its host was last heard, when it is lost by silence."""
+    rebooted: bool = False
+    """Its host was restarted under it: its disk is as it was."""
     memory: dict[str, int] | None = None
     """With `oom`: kills, limit_bytes, usage_bytes, peak_bytes, as far as its host could tell."""
 
@@ -78,6 +80,8 @@ class ExpectedBox:
     fence: int
     settled: bool = True
     """No step is in flight; a correction may be made from a single report."""
+    asleep: bool = False
+    """The row says that its disk is there, and nothing else of it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,6 +150,11 @@ class HostedKind:
     """(devbox id): True when nothing of the devbox on its host is needed any more."""
     after_destroy: Callable[[str, str], None] = _ignore
     """(devbox id, reason): the box is gone; close what still hangs on it."""
+    before_suspend: Callable[[str], bool] = _ready
+    """(devbox id): end what runs in it; True when nothing but its disk is needed any more."""
+    after_suspend: Callable[[str, str], None] = _ignore
+    """(devbox id, why): of the box only the disk is left; close what still hangs on it. `suspended`, or in words what
+    else ended it."""
 
 
 _kinds: dict[str, HostedKind] = {}
@@ -177,6 +186,17 @@ def heard(host_id: str) -> None:
 def before_destroy(devbox_id: str) -> bool:
     """True when every registered kind is done with the devbox's box on its host."""
     return all(kind.before_destroy(devbox_id) for kind in _kinds.values())
+
+
+def before_suspend(devbox_id: str) -> bool:
+    """True when every registered kind needs nothing of the devbox but its disk."""
+    return all(kind.before_suspend(devbox_id) for kind in _kinds.values())
+
+
+def after_suspend(devbox_id: str, why: str = "suspended") -> None:
+    """Tell every registered kind that only the devbox's disk is left."""
+    for kind in _kinds.values():
+        kind.after_suspend(devbox_id, why)
 
 
 def after_destroy(devbox_id: str, reason: str) -> None:

@@ -17,7 +17,8 @@ from api.callers import Caller
 from api.ids import new_id
 from api.waiting import hub
 from devboxes import services
-from devboxes.devbox_flow import DevboxRow, devbox_flow
+from devboxes.devbox_flow import devbox_flow
+from devboxes.flow_rows import DevboxRow
 from devboxes.models import Devbox, DevboxLog, DevboxTransition
 from devboxes.schemas import DevboxCreateParameters
 from hosts.client import use_fake

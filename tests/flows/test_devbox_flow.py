@@ -9,7 +9,8 @@ from django.db import connection
 
 from api.callers import Caller
 from devboxes import services
-from devboxes.devbox_flow import DevboxRow, devbox_flow
+from devboxes.devbox_flow import devbox_flow
+from devboxes.flow_rows import DevboxRow
 from flows.engine import registered
 from flows.outcomes import Outcome
 from hosts import registry

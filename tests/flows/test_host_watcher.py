@@ -198,9 +198,10 @@ def test_a_host_that_was_restarted_has_lost_its_boxes(fake, owner, watcher):
     owner.rows = [ExpectedBox(box, True, 1), ExpectedExecution(exe, box, 1)]
     Host.objects.update(boot_id="boot-1")
     fake.reboot()
+    fake.unacked.clear()  # it may know too little to tell
     watcher()
     eventually(lambda: owner.box_exits and owner.exits)
-    assert owner.box_exits[0].lost == "its host was restarted"
+    assert owner.box_exits[0].lost == "its host was restarted" and owner.box_exits[0].rebooted
     assert owner.exits[0].exit == -1 and owner.exits[0].reason == {"kind": "lost", "detail": "its host was restarted"}
     assert Host.objects.get().boot_id == "boot-2"
 
