@@ -87,6 +87,7 @@ class Request:
         self.headers = headers
         self.caller = caller
         self.receive = receive
+        self.prepared: Any = None
         self.body = Body(receive, declared_length(headers))
         self._gone: asyncio.Future[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -134,13 +135,18 @@ Handler = Callable[[Request], Awaitable[Response | StreamResponse]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Route:
-    """One operation on the event loop. ``reads``: a read-only key may call it although it is a POST."""
+    """One operation on the event loop. ``reads``: a read-only key may call it although it is a POST.
+
+    ``prepare``: what the handler would ask the database first, with the caller and the path's parameters; it is asked
+    together with who the caller is, and ``request.prepared`` has the answer.
+    """
 
     method: str
     template: str
     handler: Handler
     name: str = ""
     reads: bool = False
+    prepare: Callable[[Caller, Mapping[str, str]], Any] | None = None
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -218,13 +224,32 @@ def query_of(scope: Scope) -> dict[str, str]:
 Authenticate = Callable[[Mapping[str, str]], Awaitable[Caller]]
 
 
+async def _admitted(
+    route: Route, params: Mapping[str, str], headers: Mapping[str, str], other: Authenticate | None
+) -> tuple[Caller, Any]:
+    """The caller, who may call it, and what the route prepares. Raises ApiError."""
+    if other is not None:
+        caller = await other(headers)
+        return (
+            await in_database(_prepared, route, params, caller) if route.prepare else _prepared(route, params, caller)
+        )
+    token = bearer_token(headers)
+    return await in_database(lambda: _prepared(route, params, _authenticator()(token)))
+
+
+def _prepared(route: Route, params: Mapping[str, str], caller: Caller) -> tuple[Caller, Any]:
+    if caller.read_only and not route.reads and route.method != "GET":
+        raise Forbidden(READ_ONLY_MESSAGE)
+    return caller, route.prepare(caller, params) if route.prepare is not None else None
+
+
 async def serve(
     route: Route,
     params: Mapping[str, str],
     scope: Scope,
     receive: Receive,
     send: Send,
-    authenticate: Authenticate = authenticate,
+    authenticate: Authenticate | None = None,
 ) -> None:
     """Serve one request by ``route``: authenticate, run the handler while the client is there, send what it returns.
 
@@ -234,10 +259,9 @@ async def serve(
     try:
         try:
             headers = headers_of(scope)
-            caller = await authenticate(headers)
-            if caller.read_only and not route.reads and route.method != "GET":
-                raise Forbidden(READ_ONLY_MESSAGE)
+            caller, prepared = await _admitted(route, params, headers, authenticate)
             request = Request(scope=scope, receive=receive, params=params, headers=headers, caller=caller)
+            request.prepared = prepared
             response = await _run(route.handler, request)
             if isinstance(response, Response) and len(response.body) > LARGE_ANSWER:
                 request.body.take_for_answer(len(response.body))

@@ -28,6 +28,7 @@ from api.waiting import hub
 from config import checks, stopping, websockets
 from config.routes import async_routes, websocket_routes
 from config.wsgi_bridge import Bridge
+from devboxes.log_notes import notes
 from pty.hosted import is_hosted, serve_hosted
 
 log = logging.getLogger("config.asgi")
@@ -75,5 +76,6 @@ async def _lifespan(receive: Receive, send: Send) -> None:
         elif message["type"] == "lifespan.shutdown":
             going_down.begin()
             await hub.stop()
+            await notes.finish()
             await send({"type": "lifespan.shutdown.complete"})
             return

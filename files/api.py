@@ -10,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Final, cast
 
 from django.utils.http import content_disposition_header
 
 from accounts.caps import CountedStream, limits
 from api.asynchronous import Request, Response, StreamResponse, in_database, json_response
+from api.callers import Caller
 from api.errors import ApiError, BadRequest, NotFound, TooLarge, TooManyRequests, Unavailable
 from api.validation import validated
 from devboxes import logs
+from devboxes.log_notes import notes
 from devboxes.selectors import ExecutionContext
 from devboxes.services import use_running
 from files import forms
@@ -41,15 +43,19 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 _NO_RETRY: Final = {"x-should-retry": "false"}
 
 
-async def _context(request: Request) -> ExecutionContext:
+def context_of(caller: Caller, params: Mapping[str, str]) -> ExecutionContext:
     """The running devbox. Raises NotFound, BadRequest when it does not run."""
-    return await in_database(use_running, request.caller, request.params["id"], "its files can be used", "file")
+    return use_running(caller, params["id"], "its files can be used", "file")
 
 
-async def _logged(context: ExecutionContext, what: str, path: str, size: int) -> None:
+def _context(request: Request) -> ExecutionContext:
+    context: ExecutionContext = request.prepared
+    return context
+
+
+def _logged(context: ExecutionContext, what: str, path: str, size: int) -> None:
     """One entry of the devbox's log for what was done."""
-    entry = logs.Entry("files", message=f"{what} {path}: {size} bytes")
-    await in_database(logs.note, context.devbox_id, entry)
+    notes.add(context.devbox_id, logs.Entry("files", message=f"{what} {path}: {size} bytes"))
 
 
 def _read(context: ExecutionContext, path: str, **what: Any) -> FileRead:
@@ -94,12 +100,12 @@ def _error(context: ExecutionContext, error: HostRefused) -> ApiError:
 async def read_file_contents(request: Request) -> Response:
     """A text file as it is."""
     path = validated(DevboxReadFileParameters, await request.json())["file_path"]
-    context = await _context(request)
+    context = _context(request)
     with _told(context):
         async with _read(context, path, limit=TEXT_MAX, text=True) as file:
             request.body.take_for_answer(file.length)
             text = b"".join([piece async for piece in file])
-    await _logged(context, "read", path, len(text))
+    _logged(context, "read", path, len(text))
     return Response(200, {"content-type": "text/plain; charset=utf-8"}, text)
 
 
@@ -112,7 +118,7 @@ async def write_file_contents(request: Request) -> Response:
             raise TooLarge("")
     except TooLarge:
         raise TooLarge(f"contents: over the {TEXT_MAX} bytes that write_file_contents takes; use upload_file") from None
-    context = await _context(request)
+    context = _context(request)
     with _told(context):
         writing = _write(context, given["file_path"].encode())
         if len(data) <= SMALL_BYTES:
@@ -121,7 +127,7 @@ async def write_file_contents(request: Request) -> Response:
             async with writing:
                 await writing.write(data)
                 await writing.finish()
-    await _logged(context, "wrote", given["file_path"], len(data))
+    _logged(context, "wrote", given["file_path"], len(data))
     return json_response({"devbox_id": context.devbox_id, "stdout": "", "stderr": "", "exit_status": 0})
 
 
@@ -129,7 +135,7 @@ async def upload_file(request: Request) -> Response:
     """A file of any kind and size, made or replaced when all of it has arrived. The parts may come in any order."""
     boundary_first = request.headers.get("content-type")
     forms.boundary_of(boundary_first)
-    context = await _context(request)
+    context = _context(request)
     path, size = b"", 0
     seen: set[str] = set()
     with _told(context):
@@ -156,7 +162,7 @@ async def upload_file(request: Request) -> Response:
                 await _write(context, path).whole(b"")
             else:
                 await writing.finish(None if named else path)
-    await _logged(context, "uploaded", path.decode("utf-8", "replace"), size)
+    _logged(context, "uploaded", path.decode("utf-8", "replace"), size)
     return json_response({})
 
 
@@ -172,7 +178,7 @@ def _part(name: str, seen: set[str]) -> str:
 async def download_file(request: Request) -> Response | StreamResponse:
     """A file of any kind and size, or one range of it."""
     path = validated(DevboxDownloadFileParameters, await request.json())["path"]
-    context = await _context(request)
+    context = _context(request)
     wanted = _range(request.headers.get("range"))
     cap = (await in_database(limits, request.caller.account_id)).open_streams
     with _told(context):
@@ -189,11 +195,7 @@ async def download_file(request: Request) -> Response | StreamResponse:
         "etag": _etag(file),
         "x-content-type-options": "nosniff",
     }
-    try:
-        await _logged(context, "downloaded", path, file.length)
-    except BaseException:
-        await file.aclose()
-        raise
+    _logged(context, "downloaded", path, file.length)
     if wanted is None:
         return StreamResponse(200, headers, await _counted(request, cap, file))
     if file.length == 0:

@@ -2,17 +2,20 @@
 
 from django.urls import path
 
-from api.asynchronous import Route
+from api.asynchronous import Handler, Route
 from files import api, schemas
 
-_DEVBOX = "/v1/devboxes/{id}"
+
+def _route(operation: str, handler: Handler, *, reads: bool = False) -> Route:
+    return Route("POST", f"/v1/devboxes/{{id}}/{operation}", handler, operation, reads, api.context_of)
+
 
 ASYNC_ROUTES: list[Route] = [
-    Route("POST", f"{_DEVBOX}/read_file_contents", api.read_file_contents, "read_file_contents", reads=True),
-    Route("POST", f"{_DEVBOX}/write_file_contents", api.write_file_contents, "write_file_contents"),
-    Route("POST", f"{_DEVBOX}/write_file", api.write_file_contents, "write_file"),
-    Route("POST", f"{_DEVBOX}/upload_file", api.upload_file, "upload_file"),
-    Route("POST", f"{_DEVBOX}/download_file", api.download_file, "download_file", reads=True),
+    _route("read_file_contents", api.read_file_contents, reads=True),
+    _route("write_file_contents", api.write_file_contents),
+    _route("write_file", api.write_file_contents),
+    _route("upload_file", api.upload_file),
+    _route("download_file", api.download_file, reads=True),
 ]
 
 urlpatterns = [

@@ -11,7 +11,6 @@ A connection that ends while it is busy is forgotten; what it had asked for goes
 from __future__ import annotations
 
 import _socket
-import binascii
 import os
 import struct
 import time
@@ -171,6 +170,11 @@ class Client:
         """The other process never came to be: answer in its place, and hang up."""
         self._gone = None
         self._refuse(refusal)
+
+    def resume(self) -> None:
+        """The other process is done with it: the next request may come."""
+        self._gone, self._state, self.moved_at = None, "line", time.monotonic()
+        self._watch()
 
     # --- in
 
@@ -590,9 +594,3 @@ BODY_LIMITS = {
     "terminal": 2 * requests.ENVIRONMENT_BYTES,
     "run": requests.SPAWN_BODY_BYTES,
 }
-
-
-def decoded_rest(message: dict[str, Any]) -> bytes:
-    """Return what hostd had read behind the request line; raise ValueError for nonsense."""
-    rest = message.get("rest")
-    return binascii.a2b_base64(rest) if rest else b""

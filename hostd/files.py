@@ -1,7 +1,7 @@
-"""One file read or written for a client, inside a box, as a user of the box.
+"""Files read or written for clients, inside a box, as a user of the box.
 
-In charge of: what a process does that the spawner has forked for one request and given the client's connection: open
-the file by the box's own names and the user's own rights, move the bytes, say in a typed way what was wrong.
+In charge of: what a process does that the spawner has forked, and that is given one client's connection after another:
+open the file by the box's own names and the user's own rights, move the bytes, say in a typed way what was wrong.
 Not in charge of: starting and stopping that process (transfers.py), the shape of the request (transfers.py).
 
 Everything happens in the box: symbolic links, `..`, mounts and permissions mean what they mean to the user's own
@@ -16,6 +16,8 @@ The wire, after the request line (see `hostd.messages` for frames):
            -> frames, 0, {"total", "path"?}      the path only when the request did not name it
            <- {"ok": true, "size"}
     either <- {"error": {"code", "message"}}     instead of any of these lines
+
+The wire to the keeper: <- {"task", "rest64"} + the connection; -> {"done": may the connection carry another request?}.
 """
 
 from __future__ import annotations
@@ -43,6 +45,11 @@ UNSIZED_BYTES = 1 << 20
 STALL_S = 600
 """For a client that neither sends nor takes a byte."""
 NEW_MODE = 0o666
+SMALL_BYTES = 64 << 10
+"""A range up to this size goes out in one piece with its answer and trailer."""
+CONTROL = 3
+"""The descriptor of the socket to the keeper; the numbers of what one request opens are above it."""
+DESCRIPTORS = 64
 
 
 class Failed(Exception):
@@ -92,6 +99,10 @@ class Cut(Exception):
     """The client has gone, or sends what the protocol does not allow: there is nobody to answer."""
 
 
+_buffer = bytearray(FRAME_BYTES)
+"""For what is received: of one connection at a time."""
+
+
 class Connection:
     """The client's socket, blocking, with what had been read of it before it came here."""
 
@@ -103,17 +114,32 @@ class Connection:
         self._sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, patience)
         self._sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, patience)
         self._rest = bytearray(rest)
-        self._buffer = bytearray(FRAME_BYTES)
+        self._buffer = _buffer
+        self._unsent = b""
+
+    def close(self) -> bool:
+        """End our part in it. Had everything that came of it been asked for?"""
+        self._sock.close()
+        return not self._rest
 
     def say(self, message: dict[str, Any], before: bytes = b"") -> None:
         """Send one JSON line, `before` in front of it."""
         self._send(before + packets.dumps(message) + b"\n")
 
+    def say_soon(self, message: dict[str, Any], more: bytes = b"") -> None:
+        """Send one JSON line and `more` together with what follows, before anything is waited for."""
+        self._unsent += packets.dumps(message) + b"\n" + more
+
     def _send(self, data: bytes) -> None:
+        data, self._unsent = self._unsent + data, b""
         try:
             self._sock.sendall(data, _socket.MSG_NOSIGNAL)
         except OSError as error:
             raise Cut(str(error)) from None
+
+    def _flush(self) -> None:
+        if self._unsent:
+            self._send(b"")
 
     def send_file(self, descriptor: int, offset: int, length: int) -> int:
         """Send so many bytes of a file as frames; return how many there were, fewer if it has become shorter."""
@@ -136,11 +162,6 @@ class Connection:
                 left -= count
         return sent
 
-    def send_bytes(self, data: bytes) -> None:
-        """Send these bytes as one frame."""
-        if data:
-            self._send(struct.pack("!I", len(data)) + data)
-
     def receive_frame(self) -> int:
         """Return the length of the next frame, 0 at the end."""
         (length,) = struct.unpack("!I", self._exactly(4))
@@ -155,6 +176,7 @@ class Connection:
             self._buffer[:taken] = self._rest[:taken]
             del self._rest[:taken]
             return memoryview(self._buffer)[:taken]
+        self._flush()
         try:
             count = self._sock.recv_into(memoryview(self._buffer)[: min(at_most, len(self._buffer))])
         except OSError as error:
@@ -168,6 +190,7 @@ class Connection:
         while (end := self._rest.find(b"\n")) < 0:
             if len(self._rest) > TRAILER_BYTES:
                 raise Cut("the trailer is too long")
+            self._flush()
             try:
                 data = self._sock.recv(4096)
             except OSError as error:
@@ -189,17 +212,35 @@ class Connection:
         return found
 
 
-def work(task: dict[str, Any], descriptor: int, rest: bytes) -> NoReturn:
-    """Carry one request out and end the process. `task`: op, home, path64 and the fields of the op."""
+def serve(control: _socket.socket) -> NoReturn:
+    """Carry out one request after the other until the keeper lets go; then end the process."""
     try:
-        connection = Connection(descriptor, rest)
+        while True:
+            message, descriptors = packets.receive(control)
+            if message is None:
+                break
+            (descriptor,) = descriptors
+            clean = _carry_out(message["task"], descriptor, binascii.a2b_base64(message["rest64"]))
+            os.closerange(CONTROL + 1, DESCRIPTORS)
+            packets.send(control, {"done": clean})
+    finally:
+        os._exit(0)
+
+
+def _carry_out(task: dict[str, Any], descriptor: int, rest: bytes) -> bool:
+    """Carry one request out. `task`: op, home, path64 and the fields of the op. May the connection go on?"""
+    connection = Connection(descriptor, rest)
+    clean = False
+    try:
         try:
             home = task["home"].encode("utf-8")
             task["path"] = None if task["path64"] is None else path_of(task)
             if task["op"] == "read":
+                clean = True  # nothing is read of it, whatever is answered
                 read(connection, home, task)
             else:
                 write(connection, home, task)
+                clean = True
         except Failed as no:
             connection.say(no.reply())
         except Cut:
@@ -207,9 +248,8 @@ def work(task: dict[str, Any], descriptor: int, rest: bytes) -> NoReturn:
         except Exception as error:
             connection.say(Failed("internal", f"{type(error).__name__}: {error}").reply())
     except Cut:
-        pass
-    finally:
-        os._exit(0)
+        clean = False
+    return connection.close() and clean
 
 
 def located(path: bytes, home: bytes) -> bytes:
@@ -248,14 +288,19 @@ def read(connection: Connection, home: bytes, task: dict[str, Any]) -> None:
         raise Failed("too_large", f"{shown(path)}: it has {length} bytes, the limit here is {task['limit']}")
     if task["text"]:
         _check_text(path, descriptor, made_up, offset, length)
-    connection.say(
-        {"ok": True, "size": size, "offset": offset, "length": length, "mtime_ms": facts.st_mtime_ns // 1_000_000}
+    small = made_up[offset : offset + length]
+    if not made_up and length <= SMALL_BYTES:
+        try:
+            small = os.pread(descriptor, length, offset) if length else b""
+        except OSError as error:
+            raise failed(error, path) from None
+    connection.say_soon(
+        {"ok": True, "size": size, "offset": offset, "length": length, "mtime_ms": facts.st_mtime_ns // 1_000_000},
+        struct.pack("!I", len(small)) + small if small else b"",
     )
     try:
-        if made_up:
-            connection.send_bytes(made_up[offset : offset + length])
-            sent = length
-        else:
+        sent = len(small)
+        if not made_up and length > SMALL_BYTES:
             sent = connection.send_file(descriptor, offset, length)
     except OSError as error:
         no = failed(error, path)
@@ -424,7 +469,7 @@ def write(connection: Connection, home: bytes, task: dict[str, Any]) -> None:
     """Answer a write. Raises Failed, Cut."""
     target = Target(located(task["path"], home)) if task["path"] is not None else None
     staged = target.staging() if target is not None else _stage_anywhere(home)
-    connection.say({"ok": True})
+    connection.say_soon({"ok": True})
     size = _receive(connection, staged)
     trailer = connection.receive_line()
     if trailer.get("total") != size:

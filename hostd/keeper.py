@@ -18,7 +18,8 @@ import struct
 import time
 
 from hostd import packets, polling, procs, requests
-from hostd.clients import Clients, decoded_rest
+from hostd.attended import Attendances
+from hostd.clients import Clients
 from hostd.dials import Dials
 from hostd.execution import Execution, Settings
 from hostd.executions import Executions
@@ -157,9 +158,12 @@ class Keeper:
         )
         self.terminals = Terminals(self.poller, self.spawner)
         self.dials = Dials(self.poller, lambda: self.executions.box_gone)
-        transfers = Transfers(self.poller, self.spawner)
-        others: dict[str, Any] = {"file": transfers.start, "run": transfers.run, "terminal": self.terminals.handle}
-        others["dial"] = self.dials.start
+        others: dict[str, Any] = {
+            "file": Transfers(self.poller, self.spawner).start,
+            "run": Attendances(self.poller, self.spawner).start,
+            "terminal": self.terminals.handle,
+            "dial": self.dials.start,
+        }
         self.clients = Clients(self.poller, self.executions, others, self.box)
         self._kills_before = self._memory.kills()
         self.poller.on(given.link.fileno(), lambda _: self._on_zygote())
@@ -307,7 +311,7 @@ class Keeper:
     def _from_hostd(self, message: dict[str, Any], descriptors: list[int]) -> None:
         if "connection" in message:
             (descriptor,) = descriptors
-            self.clients.take(descriptor, message["connection"], decoded_rest(message))
+            self.clients.take(descriptor, message["connection"], requests.decoded_rest(message))
         elif "ack" in message:
             for name in message["ack"]:
                 if name == "box":

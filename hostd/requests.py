@@ -308,6 +308,12 @@ def file_task(request: dict[str, Any]) -> dict[str, Any]:
     return task
 
 
+def decoded_rest(message: dict[str, Any]) -> bytes:
+    """Return what hostd had read behind the request line; raise ValueError for nonsense."""
+    rest = message.get("rest")
+    return binascii.a2b_base64(rest) if rest else b""
+
+
 def _given(body: dict[str, Any]) -> bytes | None:
     value = body.get("input")
     if value is None:

@@ -155,7 +155,7 @@ def serve(sock: _socket.socket) -> None:
     the pipes, or {"n", "failed": text}: nothing was started. A child that cannot exec says {"exec_failed": n, "detail"}
     itself. A command for a named shell has "shell": {directory, text, fresh} as well, and argv is the shell's: it is
     started only if `fresh`, and then its `program` and `status` are among the ends.
-    Request: {"n", "file": task, rest64, name, uid, gid} + the client's connection: see files.py. Answer: a pidfd.
+    Request: {"n", "mover": true, name, uid, gid} + a socket of the keeper's: see files.py. Answer: a pidfd.
     Request: {"n", "run": task, rest64, name, uid, gid} + the client's connection: see relay.py. Answer: a pidfd.
     Request: {"n", "terminal": [cols, rows], argv, env, …}. Answer: a pidfd and the master of a pty.
     """
@@ -167,7 +167,7 @@ def serve(sock: _socket.socket) -> None:
         if request.get("long"):
             request = packets.loads(os.pread(descriptors[0], REQUEST_BYTES, 0))
             os.close(descriptors.pop(0))
-        if "file" in request or "run" in request:
+        if "mover" in request or "run" in request:
             _start_errand(sock, request, descriptors)
         elif "terminal" in request:
             _start_shell(sock, request)
@@ -178,12 +178,12 @@ def serve(sock: _socket.socket) -> None:
 
 
 def _start_errand(sock: _socket.socket, request: dict[str, Any], given: list[int]) -> None:
-    """Fork a process that serves one client. It is our child, not the keeper's: losing a keeper is nothing to it."""
+    """Fork a process that serves a client. It is our child, not the keeper's: losing a keeper is nothing to it."""
     try:
-        (connection,) = given
+        (socket,) = given
         pid, pidfd = procs.clone_child_with_pidfd()
         if pid == 0:
-            _serve_client(request, connection)
+            _serve_client(request, socket)
         packets.close_all(given)
         given = []
         try:
@@ -196,17 +196,19 @@ def _start_errand(sock: _socket.socket, request: dict[str, Any], given: list[int
         packets.close_all(given)
 
 
-def _serve_client(request: dict[str, Any], connection: int) -> NoReturn:
+def _serve_client(request: dict[str, Any], socket: int) -> NoReturn:
     try:
         os.close(SOCKET)
         signals.signal(signals.SIGPIPE, signals.SIG_IGN)
         _take_ids(request)
         if request["uid"] != 0:
             procs.set_capabilities(0, 0)  # no exec will take them away
-        rest = binascii.a2b_base64(request["rest64"])
+        procs.prctl(procs.PR_SET_DUMPABLE, 0)  # the user's other processes are no masters of this one
         if "run" in request:
-            relay.work(request["run"], connection, rest)
-        files.work(request["file"], connection, rest)
+            relay.work(request["run"], socket, binascii.a2b_base64(request["rest64"]))
+        os.dup2(socket, files.CONTROL, inheritable=False)
+        os.close(socket)
+        files.serve(_socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, files.CONTROL))
     finally:
         os._exit(1)
 

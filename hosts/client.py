@@ -523,11 +523,11 @@ class AsyncHostClient:
         """A file of the box, from `offset` (from the end when negative). More than `limit` bytes: too_large; with
         `text`, what is not UTF-8: not_text. Nothing is sent before it is entered."""
         fields = {"offset": offset, "length": length, "limit": limit, "text": text}
-        return FileRead(self._link, _file_line(box, "read", user, path, **fields))
+        return FileRead(self._link, _file_line(box, "read", user, path, **fields), box)
 
     def write_file(self, *, box: str, user: User, path: bytes | None) -> FileWrite:
         """A file of the box, made or replaced; without a path, `finish` names it."""
-        return FileWrite(self._link, _file_line(box, "write", user, path))
+        return FileWrite(self._link, _file_line(box, "write", user, path), box)
 
     def dial(self, *, box: str, port: int) -> Dialled:
         """A connection to a TCP port of the box's own loopback. Nothing is sent before it is entered."""

@@ -36,13 +36,17 @@ def path64(path: bytes) -> str:
 
 
 class Exchange:
-    """One channel that goes on after its first answer, from the request to its end."""
+    """One channel that goes on after its first answer, from the request to its end.
 
-    def __init__(self, link: LoopLink, line: bytes) -> None:
-        self._link, self._line = link, line
+    With `box`, a channel kept for that box carries it, and is kept again when the exchange was brought to its end.
+    """
+
+    def __init__(self, link: LoopLink, line: bytes, box: str | None = None) -> None:
+        self._link, self._line, self._box = link, line, box
         self._held = contextlib.AsyncExitStack()
         self._stream: ssh.LoopStream | None = None
         self._inbox = conversation.Inbox()
+        self._complete = False
 
     async def _begin(self, body: bytes = b"", window: int = ssh.WINDOW) -> dict[str, Any]:
         """Ask, and return the first answer line. Raises HostRefused, HostUnreachable."""
@@ -50,10 +54,8 @@ class Exchange:
             await self._held.enter_async_context(self._link.slot(bulk=True))
             deadline = time.monotonic() + ASK_SECONDS
             async with asyncio.timeout(ASK_SECONDS):
-                self._stream, self._inbox, reply = await begin(
-                    self._link, self._line, body, deadline, bulk=True, window=window
-                )
-            self._held.callback(self._stream.aclose)
+                reply = await self._ask(body, deadline, window)
+            self._held.callback(self._let_go)
             return reply
         except (ssh.SshError, messages.ProtocolError, TimeoutError) as error:
             await self._held.aclose()
@@ -61,6 +63,27 @@ class Exchange:
         except BaseException:
             await self._held.aclose()
             raise
+
+    async def _ask(self, body: bytes, deadline: float, window: int) -> dict[str, Any]:
+        """A channel that is cut before the first byte of an answer is tried once more, on a fresh one: the same
+        request may come twice."""
+        for kept_for in (self._box, None):
+            try:
+                self._stream, self._inbox, reply = await begin(
+                    self._link, self._line, body, deadline, bulk=True, window=window, kept_for=kept_for
+                )
+                return reply
+            except ssh.ConnectionCut:
+                if kept_for is None:
+                    raise
+        raise AssertionError("the second try either answers or raises")
+
+    def _let_go(self) -> None:
+        assert self._stream is not None
+        if self._complete and self._box is not None and self._stream.is_quiet:
+            self._link.keep(self._stream, self._box, bulk=True)
+        else:
+            self._stream.aclose()
 
     def _unreachable(self, error: Exception) -> HostUnreachable:
         """`error` as the callers know it."""
@@ -123,6 +146,7 @@ class FileRead(Exchange):
                     raise ssh.ConnectionCut("the file was cut before its end")
             if left or parser.trailer.get("complete") is not True:
                 raise ssh.ConnectionCut("the file became shorter while it was read")
+            self._complete = True
         except (ssh.SshError, messages.ProtocolError, TimeoutError) as error:
             raise self._unreachable(error) from error
 
@@ -156,7 +180,9 @@ class FileWrite(Exchange):
     async def finish(self, path: bytes | None = None) -> int:
         """Put the file in its place, at `path` when the request named none. The size in bytes. Raises as `write`."""
         await self._send(_ending(self._size, path))
-        return await self._answered(COMMIT_SECONDS)
+        size = await self._answered(COMMIT_SECONDS)
+        self._complete = True
+        return size
 
     async def _send(self, data: bytes) -> None:
         assert self._stream is not None and self._answer is not None
@@ -189,7 +215,9 @@ class FileWrite(Exchange):
         frames = messages.frame(data) if data else b""
         await self._begin(frames + _ending(len(data), None))
         try:
-            return _whole(await self._line_within(COMMIT_SECONDS), "size")
+            size = _whole(await self._line_within(COMMIT_SECONDS), "size")
+            self._complete = True
+            return size
         except (ssh.SshError, messages.ProtocolError, TimeoutError) as error:
             raise self._unreachable(error) from error
         finally:

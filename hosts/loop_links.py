@@ -22,6 +22,7 @@ from hosts.links import (
     BULK_TRANSPORTS,
     CHANNELS_EACH,
     FAIR_SECONDS,
+    KEPT_CHANNELS,
     REFUSED_PAUSES,
     SLOT_SECONDS,
     Breaker,
@@ -56,6 +57,7 @@ class LoopLink:
         self._reviving: asyncio.Task[None] | None = None
         self._control: ssh.LoopTransport | None = None
         self._bulk: list[ssh.LoopTransport] = []
+        self._kept: list[tuple[tuple[str, bool], ssh.LoopStream]] = []
         self._watcher: asyncio.Task[None] | None = None
         self._where: Where | None = None
         self._where_at = 0.0
@@ -87,13 +89,17 @@ class LoopLink:
         finally:
             gate.release()
 
-    async def open(self, deadline: float, *, bulk: bool = False, window: int = ssh.WINDOW) -> ssh.LoopStream:
-        """A fresh channel to hostd on a live connection; see `links.Link.open`. Raises HostUnreachable."""
+    async def open(
+        self, deadline: float, *, bulk: bool = False, window: int = ssh.WINDOW, kept_for: str | None = None
+    ) -> ssh.LoopStream:
+        """A channel to hostd on a live connection; see `links.Link.open`. Raises HostUnreachable."""
         try:
             # Not the watcher's word here: a reader's call costs the loop nothing, and the row may be 30 s old.
             self.breaker.check()
         except Broken as broken:
             raise HostUnreachable(self.host_id, str(broken)) from None
+        if kept_for is not None and (kept := self._take((kept_for, bulk))) is not None:
+            return kept
         try:
             return await self._open(deadline, bulk, window)
         except ssh.SshError as error:
@@ -130,6 +136,20 @@ class LoopLink:
                 pause = REFUSED_PAUSES[min(refused, len(REFUSED_PAUSES) - 1)]
                 refused += 1
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
+
+    def keep(self, stream: ssh.LoopStream, box: str, *, bulk: bool) -> None:
+        """Keep a channel whose last answer was complete for the next call to the same box."""
+        self._kept = [(kept_for, other) for kept_for, other in self._kept if _is_open(other)]
+        self._kept.append(((box, bulk), stream))
+        if len(self._kept) > KEPT_CHANNELS:
+            self._kept.pop(0)[1].aclose()
+
+    def _take(self, wanted: tuple[str, bool]) -> ssh.LoopStream | None:
+        for place in reversed(range(len(self._kept))):
+            kept_for, stream = self._kept[place]
+            if kept_for == wanted and _is_open(stream):
+                return self._kept.pop(place)[1]
+        return None
 
     async def _revive(self, deadline: float) -> None:
         # One for all who wait here, on a thread; it goes on when one of them is cancelled.
@@ -225,7 +245,11 @@ class LoopLink:
         for transport in (self._control, *self._bulk):
             if transport is not None:
                 transport.close()
-        self._control, self._bulk, self._where = None, [], None
+        self._control, self._bulk, self._where, self._kept = None, [], None, []
+
+
+def _is_open(stream: ssh.LoopStream) -> bool:
+    return stream.transport.active and stream.is_quiet
 
 
 def _seen(task: asyncio.Task[None]) -> None:

@@ -200,10 +200,18 @@ class Watching:
 
 
 async def begin(
-    link: LoopLink, line: bytes, body: bytes, deadline: float, *, bulk: bool, window: int
+    link: LoopLink,
+    line: bytes,
+    body: bytes,
+    deadline: float,
+    *,
+    bulk: bool,
+    window: int,
+    kept_for: str | None = None,
 ) -> tuple[ssh.LoopStream, conversation.Inbox, dict[str, Any]]:
-    """Open a channel, send, read the reply line. The caller closes the stream; on errors it is closed here."""
-    stream = await link.open(deadline, bulk=bulk, window=window)
+    """Open a channel, or with `kept_for` take one that was kept for that box; send, read the reply line. The caller
+    closes the stream; on errors it is closed here."""
+    stream = await link.open(deadline, bulk=bulk, window=window, kept_for=kept_for)
     try:
         inbox = conversation.Inbox()
         await stream.write(line + body)
