@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config.state import CHECKOUT, Owner
-from hostd import syscalls
+from hostd import namespaces, syscalls
 
 _PROBE_SECONDS = 30.0
 
@@ -33,6 +33,7 @@ class View:
             return
         syscalls.unshare(syscalls.CLONE_NEWNS)
         syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+        namespaces.leave_installs()
         for folder, paths in self.opened.items():
             held = [os.open(path, os.O_PATH) for path in paths]  # before the folder is covered
             syscalls.mount("none", str(folder), "tmpfs", 0, "size=64k,mode=755")

@@ -155,7 +155,7 @@ def _pin_made_on(processor: int, cfg: HostConfig, folder: str) -> None:
 def _furnish(cfg: HostConfig, folder: str) -> None:
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
-    _leave_others(cfg)
+    leave_installs(keep=cfg.install)
     if os.path.ismount(_UNIFIED):
         syscalls.unmount(_UNIFIED)
     # The pin cannot be seen from inside; this mark can.
@@ -163,13 +163,13 @@ def _furnish(cfg: HostConfig, folder: str) -> None:
     os.close(os.open(f"{folder}/{_INSIDE}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
-def _leave_others(cfg: HostConfig) -> None:
-    """Unmount here what other installs of the machine have mounted: a copy would keep their pools busy for as long as
-    we live."""
+def leave_installs(keep: int | None = None) -> None:
+    """Unmount in this mount namespace, which must be private, what installs of the machine have mounted, but for one's:
+    a copy would keep their pools busy for as long as we live."""
     folders = [
         f"{folder}/"
         for install, root in installs_on_machine().items()
-        if install != cfg.install
+        if install != keep
         for folder in (root, f"/run/berth-{install}")
     ]
     with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:

@@ -59,6 +59,25 @@ def test_what_is_needed_of_a_closed_folder_is_seen_and_nothing_else(
     assert str(closed) not in Path("/proc/self/mountinfo").read_text()
 
 
+def test_a_view_keeps_no_pool_of_the_machine_busy(berth: Berth, tmp_path: Path) -> None:
+    """What a role started beside a running installation would else do, for as long as it lives."""
+    pool = str(berth.state.path / "host" / "pool")
+    assert f" {pool} " in Path("/proc/self/mountinfo").read_text()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            seclusion.View({tmp_path: ()}).enter()
+            os.write(write, Path("/proc/self/mountinfo").read_bytes())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as file:
+        seen = file.read()
+    os.waitpid(child, 0)
+    assert f" {tmp_path} " in seen and pool not in seen
+
+
 def test_no_role_is_root(berth: Berth) -> None:
     user = Owner.named(berth.state.user_name())
     assert user is not None
