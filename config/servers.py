@@ -36,7 +36,8 @@ from config.state import Owner, State, StateError, free_port
 from config.supervisor import NotReady, Progress, Service, StepFailed, Supervisor
 
 _POSTGRES_HOME = Path("/usr/lib/postgresql")
-_S3_VARIABLES = ("S3_ENDPOINT_URL", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY", "S3_BUCKET", "S3_REGION")
+_S3_OWN = ("S3_ENDPOINT_URL", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY", "S3_BUCKET", "S3_REGION")
+_S3_VARIABLES = (*_S3_OWN, "S3_ENDPOINT_FOR_HOSTS", "S3_ENCRYPTION")
 
 
 @dataclass(frozen=True)
@@ -320,7 +321,7 @@ def _s3(state: State, user: Owner, memory: _Memory) -> tuple[Service, dict[str, 
         home,
         30.0,
     )
-    settings = dict(zip(_S3_VARIABLES, (url, key, secret, "berth", "us-east-1"), strict=True))
+    settings = dict(zip(_S3_OWN, (url, key, secret, "berth", "us-east-1"), strict=True))
     return service, settings
 
 

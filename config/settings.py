@@ -103,6 +103,10 @@ DATABASE_URL = env.text("DATABASE_URL", "postgresql:///berth")
 REDIS_URL = env.text("REDIS_URL", "redis://127.0.0.1:6379/0")
 S3 = {
     "endpoint_url": env.text("S3_ENDPOINT_URL"),
+    # At which hosts reach it; the same unless it is given.
+    "endpoint_for_hosts": env.text("S3_ENDPOINT_FOR_HOSTS"),
+    # AES256, aws:kms, or aws:kms/<key id>: S3 then encrypts what it keeps.
+    "encryption": env.text("S3_ENCRYPTION"),
     "access_key_id": env.text("S3_ACCESS_KEY_ID"),
     "secret_access_key": env.text("S3_SECRET_ACCESS_KEY"),
     "bucket": env.text("S3_BUCKET", "berth"),

@@ -2,7 +2,7 @@
 
 In charge of: the client and its bounds (every call has a timeout and a fixed number of tries), multipart uploads that
 hold one part in memory and can be taken up again, and completing one exactly once. Not in charge of: who may read
-an object, what a key means, or presigned URLs for hosts.
+an object or what a key means. Hosts hold no credentials: they get URLs signed for one part or object, for an hour.
 
 Works against what S3-compatible servers really do: completing an upload twice is `NoSuchUpload`, so an uncertain
 completion is settled by looking at the object; batch deletion wants checksums that not every server agrees on, so
@@ -33,10 +33,14 @@ PART_BYTES: Final = 8 * 1024 * 1024
 """Size of every part but the last. S3 allows 10,000 parts, so one object may have 80 GB."""
 PARTS_MAX: Final = 10_000
 RANGE_MAX_BYTES: Final = 64 * 1024 * 1024
+URL_SECONDS: Final = 3600
+"""How long a host may use a URL."""
 UPLOAD_PAGES_MAX: Final = 10
 """Pages of 1,000 unfinished uploads that are looked at in one go."""
 
 _MISSING = frozenset({"404", "NoSuchKey", "NotFound"})
+_DENIED = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"})
+_FULL = frozenset({"XMinioStorageFull", "QuotaExceeded", "InsufficientStorage"})
 
 
 class StorageError(Exception):
@@ -45,6 +49,21 @@ class StorageError(Exception):
     def __init__(self, what: str, key: str, why: object) -> None:
         super().__init__(f"S3 could not {what} {key!r}: {why}")
         self.key = key
+
+    @property
+    def kind(self) -> str:
+        """What it was: missing (the bucket, or the object), denied, full, refused, or unreachable."""
+        cause = self.__cause__
+        if not isinstance(cause, ClientError):
+            return "missing" if isinstance(self, ObjectMissing) else "unreachable"
+        code, status = _code(cause), cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if code in _MISSING or code in ("NoSuchBucket", "NoSuchUpload"):
+            return "missing"
+        if code in _DENIED or status in (401, 403):
+            return "denied"
+        if code in _FULL or status == 507:
+            return "full"
+        return "unreachable" if status >= 500 or status in (408, 429) else "refused"
 
 
 class ObjectMissing(StorageError):
@@ -60,20 +79,21 @@ class ObjectInfo:
 
 
 _lock = threading.Lock()
-_client: Any = None
+_clients: dict[str, Any] = {}
 
 
-def _open() -> Any:
-    global _client
+def _open(endpoint_url: str | None = None) -> Any:
+    endpoint_url = endpoint_url or settings.S3["endpoint_url"]
     with _lock:
-        if _client is None:
-            _client = boto3.session.Session().client(
+        if endpoint_url not in _clients:
+            _clients[endpoint_url] = boto3.session.Session().client(
                 "s3",
-                endpoint_url=settings.S3["endpoint_url"],
+                endpoint_url=endpoint_url,
                 aws_access_key_id=settings.S3["access_key_id"],
                 aws_secret_access_key=settings.S3["secret_access_key"],
                 region_name=settings.S3["region"],
                 config=Config(
+                    signature_version="s3v4",
                     connect_timeout=CONNECT_TIMEOUT_SECONDS,
                     read_timeout=READ_TIMEOUT_SECONDS,
                     retries={"mode": "standard", "total_max_attempts": TRIES},
@@ -83,14 +103,32 @@ def _open() -> Any:
                     response_checksum_validation="when_required",
                 ),
             )
-        return _client
+        return _clients[endpoint_url]
+
+
+def _for_hosts(method: str, seconds: int, **what: object) -> str:
+    """A URL signed for the address at which hosts reach S3. No request is made for it."""
+    endpoint = settings.S3.get("endpoint_for_hosts") or settings.S3["endpoint_url"]
+    parameters = {"Bucket": settings.S3["bucket"], **what}
+    return str(_open(endpoint).generate_presigned_url(method, Params=parameters, ExpiresIn=seconds))
+
+
+def part_urls(key: str, upload_id: str, numbers: Iterable[int], seconds: int = URL_SECONDS) -> dict[int, str]:
+    """Where a host puts those parts of an upload; the URLs are good for `seconds`."""
+    return {
+        number: _for_hosts("upload_part", seconds, Key=key, UploadId=upload_id, PartNumber=number) for number in numbers
+    }
+
+
+def object_url(key: str, seconds: int = URL_SECONDS) -> str:
+    """Where a host gets an object, whole or by ranges."""
+    return _for_hosts("get_object", seconds, Key=key)
 
 
 def _forget_client(*, setting: str, **_: object) -> None:
-    global _client
     if setting == "S3":
         with _lock:
-            _client = None
+            _clients.clear()
 
 
 setting_changed.connect(_forget_client)
@@ -110,6 +148,14 @@ def _call(what: str, key: str, method: str, **arguments: Any) -> dict[str, Any]:
             raise ObjectMissing(what, key, "there is no such object") from error
         raise StorageError(what, key, error) from error
     return answer
+
+
+def _encryption() -> dict[str, str]:
+    """What asks S3 to encrypt an object at rest; nothing unless S3_ENCRYPTION says so."""
+    kind, _, key = str(settings.S3.get("encryption", "")).partition("/")
+    if not kind:
+        return {}
+    return {"ServerSideEncryption": kind, **({"SSEKMSKeyId": key} if key else {})}
 
 
 def ensure_bucket() -> None:
@@ -135,7 +181,7 @@ def head(key: str) -> ObjectInfo | None:
 
 def put(key: str, data: bytes) -> None:
     """Store a small object whole, replacing one of the same key. Raises StorageError."""
-    _call("store", key, "put_object", Key=key, Body=data, ContentLength=len(data))
+    _call("store", key, "put_object", Key=key, Body=data, ContentLength=len(data), **_encryption())
 
 
 def put_stream(key: str, chunks: Iterable[bytes]) -> int:
@@ -175,7 +221,7 @@ def _in_parts(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 def begin_upload(key: str) -> str:
     """Begin an upload in parts and return its id, with which any process may go on. Raises StorageError."""
-    return str(_call("begin the upload of", key, "create_multipart_upload", Key=key)["UploadId"])
+    return str(_call("begin the upload of", key, "create_multipart_upload", Key=key, **_encryption())["UploadId"])
 
 
 def put_part(key: str, upload_id: str, number: int, data: bytes) -> str:
