@@ -104,12 +104,12 @@ def list_slots(cfg: HostConfig) -> list[SlotState]:
     return found
 
 
-def make_disk(cfg: HostConfig, slot: str, n: int, image: str, disk_bytes: int) -> None:
-    """Clone the image for the slot, under a limit. A disk that is there gets the limit. Raises Refused: unknown_image,
-    no_space."""
+def make_disk(cfg: HostConfig, slot: str, n: int, image: str, disk_bytes: int, source: str | None = None) -> None:
+    """Clone the image, or the subvolume ``source``, for the slot, under a limit. A disk that is there gets the limit.
+    Raises Refused: unknown_image, unknown_id, no_space."""
     _check(slot, n)
     with _lock(cfg, slot):
-        disks.make_disk(cfg, slot, image, disk_bytes)
+        disks.make_disk(cfg, slot, image, disk_bytes, source)
         slots.resize(cfg, slot, disk_bytes)
 
 
@@ -392,6 +392,11 @@ def drop_kept_disks(cfg: HostConfig, older_than_seconds: float) -> int:
     dropped = disks.drop_kept(cfg, older_than_seconds)
     disks.drop_idle_groups(cfg)
     return dropped
+
+
+def locked(cfg: HostConfig, slot: str) -> contextlib.AbstractContextManager[None]:
+    """Nobody makes, stops or destroys the box while it is held."""
+    return _lock(cfg, slot)
 
 
 def _check(slot: str, n: int) -> None:

@@ -90,6 +90,10 @@ class Hierarchies(ABC):
     def freeze(self, path: str) -> None: ...
 
     @abstractmethod
+    def frozen(self, path: str) -> bool:
+        """Whether all that is in it has come to a halt."""
+
+    @abstractmethod
     def thaw(self, path: str) -> None: ...
 
     def oom_kills(self, path: str) -> int:
@@ -217,6 +221,9 @@ class V1(Hierarchies):
     def freeze(self, path: str) -> None:
         _write(f"{self._in('freezer', path)}/freezer.state", "FROZEN")
 
+    def frozen(self, path: str) -> bool:
+        return _read(f"{self._in('freezer', path)}/freezer.state").strip() == "FROZEN"
+
     def thaw(self, path: str) -> None:
         _write(f"{self._in('freezer', path)}/freezer.state", "THAWED")
 
@@ -268,6 +275,9 @@ class V2(Hierarchies):
 
     def freeze(self, path: str) -> None:
         _write(f"{self.mount}/{path}/cgroup.freeze", 1)
+
+    def frozen(self, path: str) -> bool:
+        return _value(_read(f"{self.mount}/{path}/cgroup.events"), "frozen") == 1
 
     def thaw(self, path: str) -> None:
         _write(f"{self.mount}/{path}/cgroup.freeze", 0)

@@ -104,6 +104,16 @@ class HostConfig:
         return f"{self.pool}/boxes-asleep"
 
     @property
+    def snapshots(self) -> str:
+        """Copies of disks, each in a folder of its own."""
+        return f"{self.pool}/snapshots"
+
+    @property
+    def moves(self) -> str:
+        """What is known of disks on their way to S3 and from there."""
+        return f"{self.root}/moves"
+
+    @property
     def outputs(self) -> str:
         return f"{self.root}/out"
 

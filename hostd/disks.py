@@ -111,7 +111,7 @@ def prepare_pool(cfg: HostConfig) -> str:
             btrfs.enable_full_quota(cfg.pool)
         kind = btrfs.quota_kind(cfg.pool)
     os.chmod(cfg.pool, 0o700)  # the machine's own users have no business in it
-    for folder in (cfg.images, cfg.disks, cfg.kept_disks, cfg.asleep_disks):
+    for folder in (cfg.images, cfg.disks, cfg.kept_disks, cfg.asleep_disks, cfg.snapshots):
         os.makedirs(folder, mode=0o700, exist_ok=True)
     return kind
 
@@ -155,10 +155,11 @@ def has_disk(cfg: HostConfig, slot: str) -> bool:
     return os.path.isdir(cfg.disk(slot))
 
 
-def make_disk(cfg: HostConfig, slot: str, image: str, disk_bytes: int) -> None:
-    """Clone ``image`` for the slot under a limit of ``disk_bytes`` beyond the image. Repeatable.
+def make_disk(cfg: HostConfig, slot: str, image: str, disk_bytes: int, source: str | None = None) -> None:
+    """Clone ``image``, or the subvolume ``source``, for the slot under a limit of ``disk_bytes`` beyond that.
+    Repeatable.
 
-    Raises Refused: unknown_image, no_space; OSError.
+    Raises Refused: unknown_image, unknown_id, no_space; OSError.
     """
     group = group_of(slot)
     if has_disk(cfg, slot):
@@ -168,14 +169,16 @@ def make_disk(cfg: HostConfig, slot: str, image: str, disk_bytes: int) -> None:
     if free < size * _FULL_BELOW:
         raise Refused("no_space", f"the pool has {free} of {size} bytes free, less than {_FULL_BELOW:.0%}")
     simple = btrfs.quota_kind(cfg.pool) == "simple"
-    with _space_errors(cfg):
+    with space_errors(cfg):
         if simple:
             with contextlib.suppress(FileExistsError):
                 btrfs.create_qgroup(cfg.pool, group)
             btrfs.limit_qgroup(cfg.pool, group, disk_bytes)
         try:
-            btrfs.clone(cfg.image_path(image), cfg.disks, slot, group=group if simple else None)
+            btrfs.clone(source or cfg.image_path(image), cfg.disks, slot, group=group if simple else None)
         except FileNotFoundError:
+            if source is not None:
+                raise Refused("unknown_id", "this host has no such snapshot") from None
             raise Refused("unknown_image", f"this host has no image {image}") from None
         if not simple:
             limit_disk(cfg, slot, disk_bytes)
@@ -287,7 +290,8 @@ def _limited(cfg: HostConfig, slot: str, path: str) -> tuple[int, bool]:
 
 
 @contextlib.contextmanager
-def _space_errors(cfg: HostConfig) -> Iterator[None]:
+def space_errors(cfg: HostConfig) -> Iterator[None]:
+    """Say of a full pool that it is full: Refused no_space."""
     try:
         yield
     except OSError as error:

@@ -137,8 +137,8 @@ def _send(cfg: HostConfig, about: dict[str, Any]) -> str:
     total = 0
     try:
         with open(unfinished, "wb") as file:
-            with _pipe(["btrfs", "-q", "send", f"{cfg.images}/{_IN_STREAM}"], stdout=subprocess.PIPE) as send:
-                with _pipe(["zstd", "-q", "-3", "-T2", "-c"], stdin=subprocess.PIPE, stdout=file) as pack:
+            with pipe(["btrfs", "-q", "send", f"{cfg.images}/{_IN_STREAM}"], stdout=subprocess.PIPE) as send:
+                with pipe(["zstd", "-q", "-3", "-T2", "-c"], stdin=subprocess.PIPE, stdout=file) as pack:
                     assert send.stdout and pack.stdin
                     for piece in iter(lambda: send.stdout.read(_CHUNK), b""):  # type: ignore[union-attr]
                         digest.update(piece)
@@ -172,8 +172,8 @@ def _receive(cfg: HostConfig, image: str) -> None:
     digest = hashlib.sha256()
     total = 0
     try:
-        with _pipe(["zstd", "-q", "-dc", stream_path(cfg, image)], stdout=subprocess.PIPE) as unpack:
-            with _pipe(["btrfs", "-q", "receive", "--chroot", cfg.images], stdin=subprocess.PIPE) as receive:
+        with pipe(["zstd", "-q", "-dc", stream_path(cfg, image)], stdout=subprocess.PIPE) as unpack:
+            with pipe(["btrfs", "-q", "receive", "--chroot", cfg.images], stdin=subprocess.PIPE) as receive:
                 assert unpack.stdout and receive.stdin
                 for piece in iter(lambda: unpack.stdout.read(_CHUNK), b""):  # type: ignore[union-attr]
                     digest.update(piece)
@@ -192,7 +192,7 @@ def _receive(cfg: HostConfig, image: str) -> None:
 
 
 @contextlib.contextmanager
-def _pipe(argv: list[str], **streams: int | IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def pipe(argv: list[str], **streams: int | IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """A program at one end of a pipe; raises Refused internal with its last words when it fails. A pipe that breaks
     (the other end failed first) is left to that end's message."""
     process: subprocess.Popen[bytes] = subprocess.Popen(argv, stderr=subprocess.PIPE, **streams)  # type: ignore[call-overload]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hostd import asleep, boxes, bundle, keeper_spec, packets, zygotes
+from hostd import asleep, boxes, bundle, keeper_spec, packets, receiving, sending, snapshots, zygotes
 from hostd.boxes import Limits
 from hostd.config import HostConfig
 from hostd.keeper_spec import KeeperSpec, ZygoteError
@@ -35,8 +35,11 @@ def runner(cfg: HostConfig) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
     return run
 
 
-def make_disk(cfg: HostConfig, slot: str, n: int, image: str, disk_bytes: int) -> dict[str, Any]:
-    boxes.make_disk(cfg, slot, n, image, disk_bytes)
+def make_disk(
+    cfg: HostConfig, slot: str, n: int, image: str, disk_bytes: int, snapshot: str | None = None
+) -> dict[str, Any]:
+    source = snapshots.source(cfg, snapshot) if snapshot is not None else None
+    boxes.make_disk(cfg, slot, n, image, disk_bytes, source)
     return {}
 
 
@@ -159,6 +162,28 @@ def thaw_all(cfg: HostConfig) -> dict[str, Any]:
     return {}
 
 
+def take_snapshot(cfg: HostConfig, slot: str, snapshot: str, base_bytes: int) -> dict[str, Any]:
+    return snapshots.take(cfg, slot, snapshot, base_bytes)
+
+
+def thaw(cfg: HostConfig, slot: str) -> dict[str, Any]:
+    snapshots.thaw(cfg, slot)
+    return {}
+
+
+def drop_snapshot(cfg: HostConfig, snapshot: str) -> dict[str, Any]:
+    snapshots.drop(cfg, snapshot)
+    return {}
+
+
+def send_snapshot(cfg: HostConfig, snapshot: str, upload: str, part_bytes: int) -> dict[str, Any]:
+    return sending.send(cfg, snapshot, upload, part_bytes)
+
+
+def receive_snapshot(cfg: HostConfig, snapshot: str, **sealed: Any) -> dict[str, Any]:
+    return receiving.receive(cfg, snapshot, **sealed)
+
+
 def drop_kept_disks(cfg: HostConfig, older_than_seconds: float) -> dict[str, Any]:
     return {"dropped": boxes.drop_kept_disks(cfg, older_than_seconds)}
 
@@ -198,6 +223,11 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
         adopt_keeper,
         start_zygote,
         thaw_all,
+        take_snapshot,
+        thaw,
+        drop_snapshot,
+        send_snapshot,
+        receive_snapshot,
         drop_kept_disks,
         check_bundle,
     )

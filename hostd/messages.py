@@ -41,6 +41,8 @@ from hostd.framing import FrameParser as FrameParser
 from hostd.framing import ProtocolError as ProtocolError
 from hostd.framing import frame as frame
 from hostd.framing import parse_object as parse_object
+from hostd.snapshot_messages import VERBS as SNAPSHOT_VERBS
+from hostd.snapshot_messages import ReportedSnapshot
 
 PROTOCOL: Final = 1
 
@@ -103,6 +105,7 @@ ErrorCode = Literal[
     "lost",  # it cannot be proven what became of the request's effect
     "internal",
     "attached",  # the terminal has a client
+    "storage",  # S3 did not take or give what was asked; extra: kind, as in hostd/snapshot_messages.py
     "refused",  # nothing listens on that port of the box
     # What a file in a box can have against being read or written:
     "no_such_file",
@@ -192,6 +195,7 @@ class ReportedWarm(TypedDict):
 class ReportReply(TypedDict):
     boxes: list[ReportedBox]
     warm: list[ReportedWarm]
+    snapshots: NotRequired[list[ReportedSnapshot]]
     at_ms: int
 
 
@@ -361,6 +365,7 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
         "fence": (_fence, True),
         "image": (is_image_id, True),
         "disk_bytes": (_whole(16 * 1024 * 1024, 2**50), True),
+        "snapshot": (is_work_id, False),
     },
     "boot": {
         "box": (is_box_id, True),
@@ -384,6 +389,7 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
     "set_warm": {"count": (_whole(0, 200), True), "image": (is_image_id, True)},
     "ship": {"digest": (is_digest, True), "body": (_whole(1, SHIP_BODY_MAX), True)},
     "restart": {"digest": (is_digest, True)},
+    **SNAPSHOT_VERBS,
     "spawn": {
         "box": (is_box_id, True),
         "id": (is_work_id, True),

@@ -13,6 +13,7 @@ from typing import Any
 
 from hostd import boxes, bundle, images, messages
 from hostd.config import HostConfig
+from hostd.snapshot_verbs import Snapshots
 from hostd.verbs import Verbs
 
 _ASKED_AT_ONCE = 32
@@ -23,9 +24,10 @@ log = logging.getLogger("hostd.report")
 class Report:
     """``boot_id`` names this run of the machine; ``digest`` the bundle that runs."""
 
-    def __init__(self, cfg: HostConfig, verbs: Verbs, boot_id: str) -> None:
+    def __init__(self, cfg: HostConfig, verbs: Verbs, snapshots: Snapshots, boot_id: str) -> None:
         self._cfg = cfg
         self._verbs = verbs
+        self._snapshots = snapshots
         self._boot_id = boot_id
         path = bundle.running_path()
         self.digest = bundle.digest_of(path) if path else ""
@@ -93,7 +95,8 @@ class Report:
             for box in sorted(self._verbs.asleep - self._verbs.named.keys())
         ]
         warm = [{"slot": slot.slot, "image": slot.image} for slot in self._verbs.warm.slots]
-        return {"boxes": there, "warm": warm, "at_ms": time.time_ns() // 1_000_000}
+        kept = self._snapshots.listed()
+        return {"boxes": there, "warm": warm, "snapshots": kept, "at_ms": time.time_ns() // 1_000_000}
 
 
 def meminfo() -> dict[str, int]:

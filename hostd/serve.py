@@ -34,6 +34,8 @@ from hostd.makers import Makers
 from hostd.messages import BOX_VERBS, IDLE_SECONDS, KEPT_SECONDS, LINE_MAX, Refused
 from hostd.notices import Notices
 from hostd.report import Report, boot_id
+from hostd.snapshot_messages import VERBS as SNAPSHOT_VERBS
+from hostd.snapshot_verbs import MOVERS, Snapshots
 from hostd.verbs import Verbs
 
 OF_BOXES = frozenset({"prepare_disk", "boot", "suspend", "resume", "destroy"})  # what `Verbs` does, by these names
@@ -155,7 +157,7 @@ class Connection:
     async def _serve(self, request: dict[str, Any], rest: bytes) -> None:
         after: Callable[[], None] | None = None
         try:
-            if request["verb"] == "ship":
+            if "body" in request:
                 body, rest = await asyncio.wait_for(self._body(request["body"], rest), BODY_SECONDS)
                 request["body"] = body
             reply, after = await self._daemon.answer(request)
@@ -187,9 +189,12 @@ class Connection:
 class Daemon:
     """One install's hostd."""
 
-    def __init__(self, cfg: HostConfig, makers: Makers, listener: socket.socket | None, lock: int) -> None:
+    def __init__(
+        self, cfg: HostConfig, makers: Makers, movers: Makers, listener: socket.socket | None, lock: int
+    ) -> None:
         self._cfg = cfg
         self._makers = makers
+        self._movers = movers
         self._listener = listener
         self._lock = lock
         self._tasks: set[asyncio.Task[None]] = set()
@@ -203,7 +208,8 @@ class Daemon:
         self.keepers = Keepers(cfg, makers, self.events, boot)
         self.fences = Fences(f"{cfg.root}/fences")
         self.verbs = Verbs(cfg, makers, self.keepers, self.events, self.fences, boot)
-        self.report = Report(cfg, self.verbs, boot)
+        self.snapshots = Snapshots(cfg, makers, movers, self.fences, self.verbs.named)
+        self.report = Report(cfg, self.verbs, self.snapshots, boot)
         self.notices = Notices(cfg, self.events, self.verbs.named, self.keepers.limits_of, boot)
         self.keepers.noticed = self.notices.spawner
 
@@ -234,6 +240,8 @@ class Daemon:
         # Handled, not ignored: what is ignored would be ignored by everything in every box as well.
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
         self._makers.attach(loop)
+        self._movers.attach(loop)
+        self.snapshots.recover()
         self._hold_zygote()
         await self.verbs.recover()
         if orphaned:
@@ -321,7 +329,10 @@ class Daemon:
             if verb == "restart":
                 await self._check_bundle(args["digest"])
                 return messages.ok(), lambda: self._ask_to_leave(args["digest"])
-            work = getattr(self.verbs, verb)(**args) if verb in OF_BOXES else self._VERBS[verb](self, **args)
+            if verb in SNAPSHOT_VERBS:
+                work = getattr(self.snapshots, verb)(**args)
+            else:
+                work = getattr(self.verbs, verb)(**args) if verb in OF_BOXES else self._VERBS[verb](self, **args)
             return messages.ok(**await work), None
         except Refused as refused:
             log.info("%s %s: %s", verb, request.get("box", ""), refused)
@@ -412,6 +423,7 @@ class Daemon:
             await asyncio.wait(list(self._tasks), timeout=DRAIN_SECONDS)
         for task in own:
             task.cancel()
+        await self._movers.close(0)  # a disk on its way is begun again by whoever wants it
         await self._makers.close(DRAIN_SECONDS)
         for slot in self.keepers.slots:
             self.keepers.let_go(slot)
@@ -434,6 +446,7 @@ class Daemon:
                 if found is None:
                     return
                 self._makers.dying(found.si_pid)
+                self._movers.dying(found.si_pid)
                 pid, raw = os.waitpid(found.si_pid, os.WNOHANG)
             except ChildProcessError:
                 return
@@ -522,11 +535,12 @@ def serve(cfg: HostConfig, config_path: str, inherited: tuple[int, int] | None =
     running = bundle.running_path()
     orphaned = zygotes.ensure(cfg, bundle.digest_of(running) if running else "")
     makers = Makers(maker_count(), jobs.runner(cfg))
+    movers = Makers(MOVERS, jobs.runner(cfg))
     daemon: Daemon | None = None
 
     async def main() -> str | None:
         nonlocal daemon
-        daemon = Daemon(cfg, makers, listener, lock)
+        daemon = Daemon(cfg, makers, movers, listener, lock)
         return await daemon.serve(orphaned)
 
     digest = asyncio.run(main())

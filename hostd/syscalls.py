@@ -62,6 +62,15 @@ def _check(result: int, path: str | None = None) -> int:
     return result
 
 
+def syncfs(path: str) -> None:
+    """Write the file system's dirty pages and commit them. Raises OSError."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        _check(_libc.syncfs(folder), path)
+    finally:
+        os.close(folder)
+
+
 def _call(number: int, *arguments: int | ctypes.c_char_p | ctypes.Array[ctypes.c_char]) -> int:
     # Every integer as a long: a plain int would leave the upper half of its register undefined.
     wide = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]

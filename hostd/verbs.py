@@ -92,10 +92,13 @@ class Verbs:
 
     # --- verbs
 
-    async def prepare_disk(self, box: str, fence: int, image: str, disk_bytes: int) -> dict[str, Any]:
-        """Give the devbox a slot with a disk: a warm box when one fits, else a clone of the image."""
+    async def prepare_disk(
+        self, box: str, fence: int, image: str, disk_bytes: int, snapshot: str | None = None
+    ) -> dict[str, Any]:
+        """Give the devbox a slot with a disk: a warm box when one fits, else a clone of the image; or, always, of the
+        snapshot."""
         async with self.fences.held(box, fence):
-            slot = self.named.get(box) or self._claim_warm(box, image)
+            slot = self.named.get(box) or (self._claim_warm(box, image) if snapshot is None else None)
             if slot is not None and self.keepers.link(slot.slot) is not None:
                 return {"slot": slot.slot, "warm": True}
             if not images.has_image(self._cfg, image):
@@ -103,7 +106,7 @@ class Verbs:
             if slot is None:
                 slot = await self._new_slot(box, image, disk_bytes)
                 self.named[box] = slot
-            await self._make_disk(slot, image, disk_bytes)
+            await self._make_disk(slot, image, disk_bytes, snapshot)
             return {"slot": slot.slot, "warm": False}
 
     async def boot(
@@ -237,8 +240,9 @@ class Verbs:
                 raise
         return boxes.new_slot(self._cfg, image, disk_bytes, box, machine_id=machine_id)
 
-    async def _make_disk(self, slot: Slot, image: str, disk_bytes: int) -> None:
+    async def _make_disk(self, slot: Slot, image: str, disk_bytes: int, snapshot: str | None) -> None:
         job: dict[str, Any] = {"slot": slot.slot, "n": slot.n, "image": image, "disk_bytes": disk_bytes}
+        job["snapshot"] = snapshot
         try:
             await self._makers.do("make_disk", **job)
         except Refused as refused:

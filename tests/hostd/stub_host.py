@@ -69,7 +69,9 @@ def list_slots(cfg: HostConfig) -> list[SlotState]:
     return found
 
 
-def make_disk(cfg: HostConfig, slot: str, n: int, image: str, disk_bytes: int) -> dict[str, Any]:
+def make_disk(
+    cfg: HostConfig, slot: str, n: int, image: str, disk_bytes: int, snapshot: str | None = None
+) -> dict[str, Any]:
     time.sleep(float(os.environ.get("STUB_DISK_SECONDS", "0")))
     Path(cfg.disk(slot)).mkdir(parents=True, exist_ok=True)
     return {}
