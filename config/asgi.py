@@ -24,12 +24,14 @@ from api import collecting
 from api.asynchronous import Routes, serve
 from api.bodies import Receive, Scope, Send
 from api.stopping import going_down
+from api.tunnel_names import NOBODYS, TERMINALS, tunnel_of
 from api.waiting import hub
 from config import checks, stopping, websockets
 from config.routes import async_routes, websocket_routes
 from config.wsgi_bridge import Bridge
 from devboxes.log_notes import notes
-from pty.hosted import is_hosted, serve_hosted
+from pty.hosted import serve_hosted
+from tunnels import hosted
 
 log = logging.getLogger("config.asgi")
 
@@ -46,14 +48,25 @@ stopping.listen_for_stop()
 bridge = Bridge()
 routes = Routes(async_routes())
 _websocket = websockets.application(websocket_routes())
+
+
+async def _into_devbox(scope: Scope, receive: Receive, send: Send) -> None:
+    await hosted.serve_websocket(tunnel_of(scope) or NOBODYS, scope, receive, send)
+
+
+_tunnelled = websockets.closing_safely(_into_devbox)
 _ = get_resolver().url_patterns  # imported now, not by the first request
 
 
 async def application(scope: Scope, receive: Receive, send: Send) -> None:
     kind = scope["type"]
     if kind == "http":
-        if is_hosted(scope):
-            await serve_hosted(scope, receive, send)
+        name = tunnel_of(scope)
+        if name is not None:
+            if name.port == TERMINALS:
+                await serve_hosted(name.key, scope, receive, send)
+            else:
+                await hosted.serve_http(name, scope, receive, send)
             return
         found = routes.find(scope["method"], scope["path"])
         if found is not None:
@@ -61,7 +74,11 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
         else:
             await bridge(scope, receive, send)
     elif kind == "websocket":
-        await _websocket(scope, receive, send)
+        name = tunnel_of(scope)
+        if name is None or name.port == TERMINALS:
+            await _websocket(scope, receive, send)
+        else:
+            await _tunnelled(scope, receive, send)
     elif kind == "lifespan":
         await _lifespan(receive, send)
 

@@ -32,6 +32,8 @@ class Berth:
     cluster: str = env.text("BERTH_CLUSTER")
     bind: str = env.text("BERTH_BIND", "127.0.0.1:8080")
     public_url: str = env.text("BERTH_PUBLIC_URL")
+    # Addresses of balancers in front of us, whose word is taken on where a request came from.
+    PROXIES: tuple[str, ...] = tuple(env.words("BERTH_PROXIES"))
     # The names below it are tunnels' and devboxes': {port}-{key}.tunnel.<domain>, <devbox>.ssh.<domain>.
     domain: str = certificates.domain_of(env.text("BERTH_DOMAIN"), env.text("BERTH_PUBLIC_URL"))
     warm: int = env.whole("BERTH_WARM", 0)
@@ -114,8 +116,6 @@ S3 = {
 }
 
 
-CLIENT_API_KEY = env.text("RUNLOOP_API_KEY")  # of whoever runs `manage.py pty_proxy`
-
 # What the TLS listeners show, as PEM files: those of `make up`'s own authority unless others are named.
 _TLS = STATE / "tls" if STATE else None
 TLS_CERTIFICATE = env.text("BERTH_TLS_CERTIFICATE", str(_TLS / "server.pem") if _TLS else "")
@@ -150,7 +150,19 @@ DATABASES = {"default": _database(DATABASE_URL)}
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 SILENCED_SYSTEM_CHECKS: list[str] = []
 
-APPS = ["api", "accounts", "flows", "hosts", "storage", "devboxes", "executions", "files", "pty", "snapshots"]
+APPS = [
+    "api",
+    "accounts",
+    "flows",
+    "hosts",
+    "storage",
+    "devboxes",
+    "executions",
+    "files",
+    "pty",
+    "snapshots",
+    "tunnels",
+]
 APPS = [app for app in APPS if (PROJECT / app / "__init__.py").exists()]
 
 INSTALLED_APPS = [

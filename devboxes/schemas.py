@@ -7,7 +7,6 @@ charge of: the operations (`devboxes.api`), or of rules that need the database (
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from django.conf import settings
@@ -16,6 +15,7 @@ from rest_framework import serializers
 
 from api.validation import (
     INT64_MAX,
+    FlagField,
     MetadataField,
     NumberField,
     SecondsField,
@@ -340,12 +340,21 @@ class LaunchParameters(StrictSerializer):
         return attrs
 
 
-class TunnelConfig(serializers.Serializer[Any]):
-    """Not available yet."""
+class TunnelConfig(StrictSerializer):
+    """How a devbox shall be reached from outside."""
 
-    auth_mode = serializers.ChoiceField(choices=["open", "authenticated"], required=False, allow_null=True)
-    http_keep_alive = serializers.BooleanField(required=False, allow_null=True)
-    wake_on_http = serializers.BooleanField(required=False, allow_null=True)
+    auth_mode = serializers.ChoiceField(
+        choices=["open", "authenticated"],
+        required=False,
+        allow_null=True,
+        help_text="Whether the tunnel's key is enough (`open`, if not given) or its token is needed, too.",
+    )
+    http_keep_alive = FlagField(
+        required=False, allow_null=True, help_text="Whether traffic counts as use of the devbox; true if not given."
+    )
+    wake_on_http = FlagField(
+        required=False, allow_null=True, help_text="Whether traffic resumes a suspended devbox; false if not given."
+    )
 
 
 class GatewaySpec(serializers.Serializer[Any]):
@@ -383,14 +392,9 @@ class DevboxCreateParameters(StrictSerializer):
     metadata = MetadataField(required=False, allow_null=True)
     code_mounts = serializers.ListField(child=CodeMountParameters(), required=False, allow_null=True)
     mounts = serializers.ListField(child=MountField(), required=False, allow_null=True)
-    tunnel = not_yet(TunnelConfig, "Tunnels are")
+    tunnel = TunnelConfig(required=False, allow_null=True)
     gateways = not_yet(serializers.DictField(child=GatewaySpec()), "Gateways are")
     mcp = not_yet(serializers.DictField(child=McpSpec()), "MCP servers are")
-
-    def to_internal_value(self, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("tunnel") is not None:
-            raise serializers.ValidationError({"tunnel": "Tunnels are not available yet."})
-        return super().to_internal_value(data)
 
     def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
         mounts = all_mounts(attrs)
@@ -444,11 +448,15 @@ class DevboxStateTransition(serializers.Serializer[Any]):
 
 
 class TunnelView(serializers.Serializer[Any]):
-    """Not available yet: always null."""
+    """A devbox's tunnel: its port N is `https://{N}-{tunnel_key}.tunnel.<domain>`."""
 
-    tunnel_key = serializers.CharField()
+    tunnel_key = serializers.CharField(help_text="Part of the host name. Who knows it reaches an open tunnel.")
     auth_mode = serializers.ChoiceField(choices=["open", "authenticated"])
-    auth_token = serializers.CharField(required=False, allow_null=True)
+    auth_token = serializers.CharField(
+        required=False,
+        allow_null=True,
+        help_text="Of an authenticated one: as a bearer token in X-Runloop-Tunnel-Authorization or Authorization.",
+    )
     create_time_ms = serializers.IntegerField(max_value=INT64_MAX, min_value=0)
     http_keep_alive = serializers.BooleanField()
     wake_on_http = serializers.BooleanField()

@@ -20,11 +20,12 @@ from api.errors import NotFound
 from api.ids import is_id
 from api.pages import Page
 from api.prepared import fetch_all, fetch_one
+from devboxes import extensions
 from devboxes.states import OVER
 
 _MS = "(extract(epoch from {0}) * 1000)::bigint"
 
-_COLUMNS = f"""
+_OWN_COLUMNS = f"""
 d.id, d.account_id, d.status, d.name, d.metadata::text, d.launch_parameters::text, {_MS.format("d.created_at")},
 {_MS.format("d.ended_at")}, d.initiator_type, d.initiator_id, d.failure_reason, d.shutdown_reason, d.why,
 {_MS.format("d.last_activity_at")}, d.last_activity_kind, {_MS.format("d.end_at")},
@@ -32,13 +33,18 @@ d.id, d.account_id, d.status, d.name, d.metadata::text, d.launch_parameters::tex
     'status', t.status, 'transition_time_ms', {_MS.format("t.at")}, 'failure_reason', t.failure_reason
  )) ORDER BY t.id), '[]')::text FROM devboxes_devboxtransition t WHERE t.devbox_id = d.id)
 """
-_ONE = f"SELECT {_COLUMNS} FROM devboxes_devbox d WHERE d.id = %s AND d.account_id = %s"
+
+
+@lru_cache(maxsize=1)
+def _columns() -> str:
+    """Not before all rooms are registered."""
+    return f"{_OWN_COLUMNS}, {extensions.columns()}"
 
 
 @dataclass(frozen=True, slots=True)
 class DevboxRow:
-    """A devbox as it is shown. Times in milliseconds since the epoch; `metadata`, `launch_parameters` and
-    `transitions` are JSON texts."""
+    """A devbox as it is shown. Times in milliseconds since the epoch; `metadata`, `launch_parameters`,
+    `transitions` and `extensions` are JSON texts."""
 
     id: str
     account_id: str
@@ -57,6 +63,7 @@ class DevboxRow:
     last_activity_kind: str
     end_ms: int | None
     transitions: str
+    extensions: str
 
     @property
     def over(self) -> bool:
@@ -66,7 +73,8 @@ class DevboxRow:
 
 def access_devbox(caller: Caller, devbox_id: str) -> DevboxRow:
     """The caller's devbox. Raises NotFound, for a stranger's too."""
-    row = fetch_one(_ONE, [devbox_id, caller.account_id]) if is_id("dbx", devbox_id) else None
+    sql = f"SELECT {_columns()} FROM devboxes_devbox d WHERE d.id = %s AND d.account_id = %s"
+    row = fetch_one(sql, [devbox_id, caller.account_id]) if is_id("dbx", devbox_id) else None
     if row is None:
         raise NotFound(f"there is no devbox {devbox_id[:60]}")
     return DevboxRow(*row)
@@ -97,6 +105,7 @@ def view(row: DevboxRow) -> dict[str, Any]:
         "last_activity_time_ms": row.last_activity_ms,
         "last_activity_kind": row.last_activity_kind or None,
         "keep_alive_end_time_ms": None if row.over else row.end_ms,
+        **extensions.shown(row.extensions),
     }
 
 
@@ -154,7 +163,7 @@ def list_devboxes(caller: Caller, filters: Filters, page: Page) -> Listed:
         condition += " AND (d.created_at, d.id) < (%s, %s)"
         after = list(at)
     rows = fetch_all(
-        f"SELECT {_COLUMNS} FROM devboxes_devbox d WHERE {condition} ORDER BY d.created_at DESC, d.id DESC LIMIT %s",
+        f"SELECT {_columns()} FROM devboxes_devbox d WHERE {condition} ORDER BY d.created_at DESC, d.id DESC LIMIT %s",
         [*params, *extra, *after, page.limit + 1],
     )
     return Listed([DevboxRow(*row) for row in rows[: page.limit]], len(rows) > page.limit, total)

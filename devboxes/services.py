@@ -18,7 +18,7 @@ from api.callers import Caller
 from api.errors import BadRequest, TooManyRequests, Unavailable
 from api.idempotency import body_digest, idempotent
 from api.ids import new_id
-from devboxes import launch, schemas, selectors, sizes, states
+from devboxes import extensions, launch, schemas, selectors, sizes, states
 from devboxes.devbox_flow import devbox_flow
 from devboxes.flow_rows import entering, transition
 from devboxes.models import Devbox
@@ -56,6 +56,7 @@ def create_devbox(
             _check_room(columns)
             _check_cap(caller.account_id)
             _insert(devbox_id, columns)
+            extensions.created(devbox_id, parameters)
             return devbox_id
 
         made, replayed = idempotent(caller, request_id, route, body_digest(raw_body), create, devbox_id)

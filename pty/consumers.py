@@ -131,7 +131,7 @@ async def _who(scope: Any, offered: list[str], query: dict[str, str]) -> tuple[C
     headers = headers_of(scope)
     if "authorization" not in headers and offered:
         headers["authorization"] = f"Bearer {offered[0]}"
-    key = tunnel_key_of(headers)
+    key = tunnel_key_of(scope)
     if key is not None:
         return await caller_of_tunnel(key, headers, query)
     devbox_id = query.get("devbox_id")

@@ -122,7 +122,6 @@ UNBUILT: dict[str, Any] = {
     "blueprint_name": "b",
     "repo_connection_id": "r",
     "snapshot_id": "snp_1",
-    "tunnel": {},
     "gateways": {"A": {"gateway": "g", "secret": "s"}},
     "mcp": {"A": {"mcp_config": "m", "secret": "s"}},
     "launch_parameters.network_policy_id": "np_1",

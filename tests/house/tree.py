@@ -9,7 +9,8 @@ import subprocess
 
 PROJECT = pathlib.Path(__file__).resolve().parents[2]
 ROOMS = (
-    "config", "executions", "files", "pty", "snapshots", "devboxes", "hosts", "accounts", "storage", "api", "flows",
+    "config", "executions", "files", "pty", "snapshots", "tunnels", "devboxes", "hosts", "accounts", "storage", "api",
+    "flows",
     "hostd",
 )  # fmt: skip
 

@@ -17,6 +17,8 @@ from api import websockets as api_websockets
 from api.asynchronous import Request, Response, Route, Routes, StreamResponse, going_down, json_response
 from api.errors import BadRequest, Forbidden
 from config.routes import async_routes, websocket_routes
+from tests.fake_dials import LocalDials
+from tunnels import upstream as tunnels_upstream
 
 seen: dict[str, Any] = {"cancelled": 0, "closed": 0, "sent": 0}
 
@@ -117,5 +119,6 @@ class Echo(AsyncWebsocketConsumer):  # type: ignore[misc]  # channels brings no 
         record(disconnected=code)
 
 
+vars(tunnels_upstream)["async_client_for"] = LocalDials
 asgi._websocket = websockets.application([path("t/ws", Echo.as_asgi()), *websocket_routes()])
 application = asgi.application
