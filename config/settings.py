@@ -177,6 +177,7 @@ INSTALLED_APPS = [
     "drf_spectacular",
     "drf_spectacular_sidecar",
     *APPS,
+    "config",  # for its commands
 ]
 
 # The admin and the docs page go through these; the API does not (config.wsgi_bridge).
