@@ -116,6 +116,8 @@ S3 = {
 }
 
 
+CLIENT_API_KEY = env.text("RUNLOOP_API_KEY")  # of whoever runs `manage.py pty_proxy`
+
 # What the TLS listeners show, as PEM files: those of `make up`'s own authority unless others are named.
 _TLS = STATE / "tls" if STATE else None
 TLS_CERTIFICATE = env.text("BERTH_TLS_CERTIFICATE", str(_TLS / "server.pem") if _TLS else "")

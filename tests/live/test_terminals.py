@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +17,9 @@ import httpx
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
-from websockets.typing import Subprotocol
+from websockets.typing import Origin, Subprotocol
+
+from config.state import CHECKOUT
 
 pytestmark = pytest.mark.live
 
@@ -113,6 +119,50 @@ def test_as_the_command_line_does_it(berth, shared) -> None:
     assert refusal(through_tunnel(berth, key, "wrong", "x")) == 401
     berth.rows("UPDATE pty_ptytunnel SET expires_at = now() RETURNING 1")
     assert httpx.get(f"{berth.base_url}/pty/x", headers=host, trust_env=False).status_code == 401
+
+
+@contextlib.contextmanager
+def proxied(berth, box: str) -> Iterator[str]:
+    """`manage.py pty_proxy` for a devbox; its origin."""
+    argv = [sys.executable, "manage.py", "pty_proxy", "--devbox", box, "--port", "0", "--server", berth.base_url]
+    environment = {**os.environ, "RUNLOOP_API_KEY": berth.owner.secret}
+    proxy = subprocess.Popen(argv, cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert proxy.stdout is not None
+        yield proxy.stdout.readline().strip().removeprefix("RUNLOOP_PTY_URL=")
+    finally:
+        proxy.terminate()
+        assert proxy.wait(20) == 0
+
+
+def test_as_the_command_line_does_it_through_the_proxy(berth, shared) -> None:
+    with proxied(berth, shared) as origin, httpx.Client(base_url=origin, trust_env=False) as there:
+        # Another devbox's name is none of the client's business here.
+        answer = there.get("/pty/local", params={"cols": 100, "rows": 30, "devbox_id": "dbx_" + "0" * 26}).json()
+        assert (answer["status"], answer["cols"], answer["rows"]) == ("ready", 100, 30)
+        with connect(origin.replace("http", "ws") + answer["connect_url"], max_size=None, proxy=None) as client:
+            resize = {"action": "resize", "cols": 91, "rows": 21}
+            assert there.post("/pty/local/control", json=resize).json()["status"] == "ready"
+            client.send("\r")
+            client.send("stty size; seq 1 100000 | md5sum; echo $COLOUR\nexit\n")
+            seen = until(client, b"sea green\r\n")
+            assert b"21 91\r\n" in seen
+            assert hashlib.md5("".join(f"{n}\n" for n in range(1, 100_001)).encode()).hexdigest().encode() in seen
+            assert closed(client) == 4000
+        assert there.post("/pty/local/control", json={"action": "close"}).status_code == 404
+        for path, headers, status in (
+            ("/v1/devboxes", {}, 404),
+            ("/pty/../v1/devboxes", {}, 404),
+            ("/pty/x", {"origin": "http://evil.example"}, 403),
+            ("/pty/x", {"host": "evil.example:5000"}, 403),
+            ("/pty/x", {"x": "y" * 20_000}, 431),
+        ):
+            request = there.build_request("GET", origin + "/", headers=headers)
+            request.url = request.url.copy_with(raw_path=path.encode())
+            assert there.send(request).status_code == status, path
+        with pytest.raises(InvalidStatus) as refused:
+            connect(origin.replace("http", "ws") + "/pty/x/attach", origin=Origin("http://evil.example"), proxy=None)
+        assert refused.value.response.status_code == 403
 
 
 def test_a_shell_is_left_and_found_again(berth, shared) -> None:
