@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tests.bench import commands, creating, podman, reaching, streaming, waiting
+from tests.bench import commands, creating, podman, reaching, sleeping, streaming, waiting
 from tests.bench.figures import Figure
 from tests.bench.installation import Target
 
@@ -25,6 +25,7 @@ MEASURES: dict[str, Measure] = {
     "create_to_running": Measure(creating.create_to_running, 120),
     "podman_run": Measure(podman.podman_run, 110),
     "warm_create_to_result": Measure(creating.warm_create_to_result, 90),
+    "suspend_resume": Measure(sleeping.suspend_resume, 120),
     "execute_true": Measure(commands.execute_true, 90),
     "short_commands": Measure(commands.short_commands, 150),
     "get_devbox_rps": Measure(commands.get_devbox_rps, 60),
