@@ -299,6 +299,12 @@ def prove(url: str, key: str) -> int:
         expect(devboxes.execute_sync(main, command="cat /etc/machine-id").stdout, machine)
         output("pgrep -x sleep || echo none", "none\n")
 
+    def used() -> None:
+        view: Any = client.get(f"/v1/devboxes/{main}/usage", cast_to=object)
+        expect((view["id"], view["status"]), (main, "running"))
+        expect(0 <= view["total_active_seconds"] <= view["total_elapsed_seconds"], True)
+        expect(view["disk_gb_seconds"], 4 * view["total_elapsed_seconds"])
+
     def reached(statuses: list[str], wanted: str) -> None:
         # Older clients have no `await_suspended`, so it is waited for by path.
         body = {"statuses": statuses, "timeout_seconds": 30}
@@ -348,6 +354,7 @@ def prove(url: str, key: str) -> int:
     check("create_and_await_running, by its path", created_at_once)
     check("evictions", evictions)
     check("suspend, resume", asleep)
+    check("usage", used)
     check("shutdown, twice", shutdown)
     check("logs/tail of a devbox that is over", log_after_the_end)
     check("every operation was asked for", lambda: expect(never_asked_for(operations(url), asked), []))

@@ -2,7 +2,7 @@
 
 from django.urls import path
 
-from devboxes import api, log_api, why
+from devboxes import api, log_api, usage, why
 
 urlpatterns = [
     path("v1/devboxes", api.Devboxes.as_view()),
@@ -17,6 +17,7 @@ urlpatterns = [
     path("v1/devboxes/<str:id>/keep_alive", api.KeepAlive.as_view()),
     path("v1/devboxes/<str:id>/wait_for_status", api.WaitForStatus.as_view()),
     path("v1/devboxes/<str:id>/why", why.Why.as_view()),
+    path("v1/devboxes/<str:id>/usage", usage.Usage.as_view()),
     path("v1/devboxes/<str:id>/logs", log_api.Logs.as_view()),
     path("v1/devboxes/<str:id>/logs/tail", log_api.TailLogs.as_view()),
     path("v1/devboxes/<str:id>/create_gateway_token", api.CreateGatewayToken.as_view()),
