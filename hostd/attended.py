@@ -40,7 +40,7 @@ class Attendances:
 
     def __init__(self, poller: polling.Poller, spawner: SpawnerLink) -> None:
         self._poller, self._spawner = poller, spawner
-        self._active = 0
+        self.active = 0
 
     def start(self, client: Client, request: dict[str, Any], body: bytes) -> None:
         """Have a `run` request answered. Raises Refused when it is wrong or there are too many."""
@@ -52,18 +52,18 @@ class Attendances:
         told = requests.command(given).message
         task = {name: told[name] for name in ("argv", "env", "cwd", "cwd_required")}
         who = {name: told[name] for name in ("name", "uid", "gid")}
-        if self._active >= MAX_ATTENDED:
+        if self.active >= MAX_ATTENDED:
             raise Refused("busy", f"{MAX_ATTENDED} programs of this box are attended already")
         Attendance(self, client, who, {**task, "terminal": terminal})
 
     def begin(self, order: Order) -> None:
         """Count one more and ask for its process."""
-        self._active += 1
+        self.active += 1
         self._spawner.ask(order)
 
     def end(self) -> None:
         """One less."""
-        self._active -= 1
+        self.active -= 1
 
     @property
     def poller(self) -> polling.Poller:

@@ -18,6 +18,7 @@ import struct
 import time
 
 from hostd import packets, polling, procs, requests
+from hostd.activity import Activity
 from hostd.attended import Attendances
 from hostd.clients import Clients
 from hostd.dials import Dials
@@ -154,13 +155,17 @@ class Keeper:
             self._memory,
             lambda: procs.exiting(self._init_pid),
             self._park,
-            self._announce,
+            self._exited,
         )
         self.terminals = Terminals(self.poller, self.spawner)
         self.dials = Dials(self.poller, lambda: self.executions.box_gone)
+        transfers, attendances = Transfers(self.poller, self.spawner), Attendances(self.poller, self.spawner)
+        served = lambda: transfers.active + attendances.active  # noqa: E731
+        self.activity = Activity(self.executions, self.terminals, served)
         others: dict[str, Any] = {
-            "file": Transfers(self.poller, self.spawner).start,
-            "run": Attendances(self.poller, self.spawner).start,
+            "file": transfers.start,
+            "run": attendances.start,
+            "activity": self.activity.handle,
             "terminal": self.terminals.handle,
             "dial": self.dials.start,
         }
@@ -202,6 +207,7 @@ class Keeper:
         self.dials.sweep()
         self.spawner.bury_strangers()
         self.executions.tidy()
+        self.activity.look()
         self._kills_before = self._memory.kills()
 
     # --- the box's end
@@ -334,6 +340,10 @@ class Keeper:
         self.poller.off(link.sock.fileno())
         link.sock.close()
         self._links.remove(link)
+
+    def _exited(self, execution: Execution, told: bool) -> None:
+        self.activity.note(execution.id)
+        self._announce(execution, told)
 
     def _announce(self, execution: Execution, told: bool) -> None:
         """Tell hostd of an exit; one that went out with the answer to its spawn is told later, together with others."""

@@ -82,6 +82,7 @@ BOX_VERBS: Final = frozenset(
         "list",
         "index",
         "sizes",
+        "activity",
         "changes",
         "file",
         "run",
@@ -438,6 +439,7 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
         "last": (_whole(1, 4096), False),
     },
     "sizes": {"box": (is_box_id, True)},
+    "activity": {"box": (is_box_id, True)},
     "changes": {"box": (is_box_id, True)},
     # Their further fields are the keeper's to check; what they are answered is told in hostd/terminals.py and files.py.
     "terminal": {

@@ -352,6 +352,11 @@ class Terminal:
         return next((one for one in self._attached if one.writes), None)
 
     @property
+    def is_attended(self) -> bool:
+        """Is there anybody?"""
+        return bool(self._attached)
+
+    @property
     def attached(self) -> bool:
         """Is there a writer?"""
         return self._writer() is not None
@@ -510,6 +515,10 @@ class Terminals:
         """It has ended: its name is free."""
         if self._named.get(terminal.name) is terminal:
             del self._named[terminal.name]
+
+    def attended(self) -> int:
+        """Return how many terminals somebody writes to or watches."""
+        return sum(terminal.is_attended for terminal in self._named.values())
 
     def sweep(self) -> None:
         """Look after clients that have gone without a word."""

@@ -35,6 +35,7 @@ from hostd.messages import (
     User,
 )
 from hosts import conversation, ssh
+from hosts.activity import Activity, parse_activity
 from hosts.dialling import Dialled
 from hosts.errors import HostError, HostRefused, HostUnreachable, StaleFence
 from hosts.files import FileRead, FileWrite, path64
@@ -46,6 +47,7 @@ from hosts.terminals import Attached
 T = TypeVar("T")
 
 __all__ = [
+    "Activity",
     "AsyncHostClient",
     "HostClient",
     "HostError",
@@ -324,6 +326,10 @@ class HostClient:
     def sizes(self, *, box: str) -> Sequence[Sizes]:
         """Commands that run, whose end is not acknowledged, that wrote after it or might still do so."""
         return [checked_sizes(told) for told in self._ask("sizes", box=box)["executions"]]
+
+    def activity(self, *, box: str) -> Activity:
+        """What goes on in it, and since when nothing does."""
+        return parse_activity(self._ask("activity", box=box))
 
     def follow(self, *, box: str, id: str, stream: Stream, offset: int = 0) -> Following:
         """The stream from `offset` until it is complete. No time limit but that of silence on the connection."""

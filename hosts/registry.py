@@ -117,6 +117,10 @@ def _nobody_waits(host_id: str) -> None:
     return None
 
 
+def _nothing_done(devbox_id: str) -> str | None:
+    return None
+
+
 def _ready(devbox_id: str) -> bool:
     return True
 
@@ -152,6 +156,8 @@ class HostedKind:
     """(devbox id, reason): the box is gone; close what still hangs on it."""
     before_suspend: Callable[[str], bool] = _ready
     """(devbox id): end what runs in it; True when nothing but its disk is needed any more."""
+    doing: Callable[[str], str | None] = _nothing_done
+    """(devbox id): as what it is in use (a kind of activity) by what is accepted and has no end yet; None: not."""
     after_suspend: Callable[[str, str], None] = _ignore
     """(devbox id, why): of the box only the disk is left; close what still hangs on it. `suspended`, or in words what
     else ended it."""
@@ -191,6 +197,12 @@ def before_destroy(devbox_id: str) -> bool:
 def before_suspend(devbox_id: str) -> bool:
     """True when every registered kind needs nothing of the devbox but its disk."""
     return all(kind.before_suspend(devbox_id) for kind in _kinds.values())
+
+
+def doing(devbox_id: str) -> str | None:
+    """As what the devbox is in use, by any registered kind; None: it is not."""
+    found = (kind.doing(devbox_id) for kind in _kinds.values())
+    return next((what for what in found if what is not None), None)
 
 
 def after_suspend(devbox_id: str, why: str = "suspended") -> None:

@@ -119,6 +119,27 @@ def test_only_the_disk_stays_and_comes_back(host: LiveHost) -> None:
             time.sleep(0.2)
 
 
+def test_what_goes_on_in_a_box_is_told(host: LiveHost) -> None:
+    box = new_id("dbx")
+    host.client.create(box, host.image)
+
+    def told() -> dict[str, Any]:
+        return host.client.call("activity", box=box)
+
+    host.client.spawn(box, new_id("set"), "sleep 100")  # launch work does not count
+    before = told()
+    assert (before["running"], before["attached"], before["served"]) == (0, 0, 0)
+    exe = new_id("exe")
+    host.client.spawn(box, exe, "sleep 1")
+    busy = told()
+    assert (busy["running"], busy["idle_seconds"]) == (1, 0)
+    host.client.wait(box, exe)
+    time.sleep(0.5)
+    quiet = told()
+    assert quiet["running"] == 0 and 0.4 < quiet["idle_seconds"] <= quiet["monotonic"] - busy["monotonic"]
+    assert abs(quiet["monotonic"] - time.monotonic()) < 5
+
+
 def test_a_limit_holds_after_a_resume(host: LiveHost) -> None:
     box = new_id("dbx")
     host.client.create(box, host.image)
