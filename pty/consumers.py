@@ -22,6 +22,7 @@ from api.errors import ApiError, BadRequest, Forbidden, Unauthorized
 from api.stopping import going_down
 from api.threads import in_database
 from api.websockets import refuse
+from devboxes.selectors import is_running
 from devboxes.services import touch
 from hosts.client import HostUnreachable
 from pty import sessions
@@ -98,7 +99,8 @@ class TerminalConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]  # channel
                 await self.send(bytes_data=data)
                 await self._note()
         except HostUnreachable:
-            return AWAY
+            # A box is ended together with who would say so.
+            return AWAY if await in_database(is_running, self._devbox_id) else CODES["box"]
         return CODES.get(self._place.reason or "", AWAY)
 
     async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:

@@ -139,6 +139,8 @@ class Site:
         slots = {str(slot) for (slot,) in self.rows("SELECT slot FROM devboxes_devbox WHERE completed_at IS NULL")}
         expected = {f"b-{slot}" for slot in slots} | {f"k-{slot}" for slot in slots} | slots
         expected |= {f"{self.host.link_prefix}{slot.split('-')[0].removeprefix('s')}" for slot in slots}
+        asleep = self.rows("SELECT id FROM devboxes_devbox WHERE step IN ('suspended', 'readmit', 'take_disk')")
+        expected |= {str(devbox) for (devbox,) in asleep}
         hostd = self.hostd()
         if hostd is None:
             return {"hostd": {"it does not run"}}
@@ -156,6 +158,7 @@ def belongings(host: HostConfig, hostd: int) -> dict[str, set[str]]:
         "mounts": set(re.findall(r"\bs\d+-[0-9a-f]{6}\b", mounts)),
         "cgroups": groups,
         "interfaces": links,
+        "disks asleep": {path.name.partition(".")[0] for path in Path(host.asleep_disks).glob("*")},
         "disks": {path.name for path in Path(host.disks).iterdir()},
         "bundles": {path.name for path in Path(host.run, "b").iterdir()},
         "outputs": {path.name for path in Path(host.outputs).iterdir()},

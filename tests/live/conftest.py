@@ -22,6 +22,7 @@ import pytest
 from config import first, sdk, traces
 from config.state import CHECKOUT, State, free_port
 from hostd.config import installs_on_machine
+from tests.live.crashes import alive, wait_until
 
 #: How long the first start may take where the image has to be built.
 UP_WITHIN = 420.0
@@ -299,3 +300,35 @@ def typescript_sdk() -> Path:
     if shutil.which("npm") is None or shutil.which("node") is None:
         pytest.skip("no node and npm on this machine")
     return sdk.typescript()
+
+
+@pytest.fixture
+def fault(berth) -> Iterator[Any]:
+    """Arm a point of a flow at which the worker that reaches it kills itself, once; says whether it did."""
+    switch = Path(berth.up.environment["BERTH_FAULT_FILE"])
+
+    class Fault:
+        def arm(self, point: str) -> int:
+            before = int(berth.pids()["worker"])
+            switch.write_text(point)
+            return before
+
+        def struck(self) -> bool:
+            return not switch.exists()
+
+    yield Fault()
+    switch.unlink(missing_ok=True)
+    wait_until(lambda: "worker" in berth.pids() and alive(berth.pids()["worker"]), 30, "a worker again")
+
+
+@pytest.fixture
+def no_orphans(berth) -> Iterator[None]:
+    """Afterwards the host has for each devbox that is not over exactly its own things, and nothing else."""
+    yield
+    from tests.chaos.site import Site  # which is made of what is here
+
+    site = Site(berth.up, berth.base_url, berth.owner.secret)
+    deadline = time.monotonic() + 30
+    while (found := site.strangers()) and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert not found

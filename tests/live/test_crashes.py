@@ -8,66 +8,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import redis
 
-from tests.chaos.site import Site
+from tests.live.crashes import TAKEN_OVER_WITHIN, alive, hostd_pid, wait_until
 
 pytestmark = pytest.mark.live
-
-#: A lease lapses after 10 s and the sweep looks every second; the rest is the work itself, on a loaded machine.
-TAKEN_OVER_WITHIN = 45.0
-
-
-@pytest.fixture
-def fault(berth) -> Iterator[Any]:
-    """Arm a point of a flow at which the worker that reaches it kills itself, once; says whether it did."""
-    switch = Path(berth.up.environment["BERTH_FAULT_FILE"])
-
-    class Fault:
-        def arm(self, point: str) -> int:
-            before = int(berth.pids()["worker"])
-            switch.write_text(point)
-            return before
-
-        def struck(self) -> bool:
-            return not switch.exists()
-
-    yield Fault()
-    switch.unlink(missing_ok=True)
-    wait_until(lambda: "worker" in berth.pids() and alive(berth.pids()["worker"]), 30, "a worker again")
-
-
-def alive(pid: int) -> bool:
-    try:
-        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-
-
-def wait_until(true, within: float, what: str) -> None:
-    deadline = time.monotonic() + within
-    while not true():
-        assert time.monotonic() < deadline, f"not within {within} s: {what}"
-        time.sleep(0.1)
-
-
-@pytest.fixture
-def no_orphans(berth) -> Iterator[None]:
-    """Afterwards the host has for each devbox that is not over exactly its own things, and nothing else."""
-    yield
-
-    site = Site(berth.up, berth.base_url, berth.owner.secret)
-    deadline = time.monotonic() + 30
-    while (found := site.strangers()) and time.monotonic() < deadline:
-        time.sleep(0.3)
-    assert not found
-
 
 CREATE_POINTS = [
     f"devboxes.{step}.{moment}"
@@ -253,10 +202,6 @@ def answers(berth) -> bool:
         return bool(berth.owner.client.get("/v1/accounts/me").status_code == 200)
     except httpx.TransportError:
         return False
-
-
-def hostd_pid(berth) -> int:
-    return int(Path(berth.host_config().root, "hostd.lock").read_text())
 
 
 def test_hostd_killed_under_a_command_that_streams(berth, no_orphans, box: str) -> None:
