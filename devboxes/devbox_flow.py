@@ -45,6 +45,7 @@ class DevboxFlow(Flow[DevboxRow]):
             states.BOOT: self.boot,
             states.LAUNCH: self.launch,
             states.RUNNING: clocks.running,
+            states.LAST_LOOK: clocks.last_look,
             states.RUN_HOOKS: suspending.run_hooks,
             states.QUIET: suspending.quiet,
             states.SUSPEND: suspending.suspend,
@@ -103,7 +104,7 @@ class DevboxFlow(Flow[DevboxRow]):
         """What a host's refusal means. Being unreachable means: try again until the step's time is up."""
         if isinstance(error, StaleFence):
             raise Superseded(row.id) from error
-        if row.step in (states.TEARDOWN, states.CLEAN_UP):
+        if row.step in (states.TEARDOWN, states.CLEAN_UP, states.LAST_LOOK):
             return None
         if row.step == states.RUN_HOOKS:
             return Next(states.QUIET) if isinstance(error, HostRefused) else None
@@ -216,7 +217,8 @@ class DevboxFlow(Flow[DevboxRow]):
             "launch_items": items,
             "started_at": DatabaseNow(),
             "last_activity_at": DatabaseNow(),
-            "end_at": DatabaseNow(row.keep_alive_seconds),
+            "end_at": DatabaseNow(row.keep_alive_seconds) if row.idle_seconds is None else None,
+            "clock_offset": None,
         }
         if row.launch_total:  # else it was told with the boot, a moment ago
             learnt["host_clock_at_start"] = row.host.hello()["monotonic"]

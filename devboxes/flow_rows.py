@@ -48,6 +48,10 @@ class DevboxRow(Row):
     compute_reserved: bool
     machine_id: str
     starts: int
+    idle_seconds: int | None
+    on_idle: str
+    last_activity_at: datetime | None
+    clock_offset: float | None
 
     @property
     def size(self) -> tuple[int, int, int]:

@@ -60,6 +60,11 @@ class Devbox(Durable):
     host_clock_at_start = models.FloatField(
         null=True, blank=True, help_text="Its host's monotonic clock when it began to run, in seconds."
     )
+    idle_seconds = models.IntegerField(null=True, blank=True, help_text="After so long unused, `on_idle` is done.")
+    on_idle = models.TextField(blank=True, db_default="", default="", help_text="shutdown or suspend")
+    clock_offset = models.FloatField(
+        null=True, blank=True, help_text="From its host's monotonic clock to the database's, in seconds, if compared."
+    )
     starts = models.IntegerField(db_default=0, default=0, help_text="How often it was started again.")
     launch_total = models.IntegerField(default=0, help_text="How many pieces of launch work it has.")
     launch_index = models.IntegerField(default=0, help_text="How many pieces of its launch work are done.")

@@ -29,6 +29,7 @@ from devboxes import launch, sizes, states
 NAME_MAX = 255
 KEEP_ALIVE_DEFAULT = 3600
 KEEP_ALIVE_MAX = 172_800
+IDLE_MAX = 2**31 - 1
 COMMANDS_MAX = 256
 MOUNTS_MAX = 256
 FILE_MOUNT_BYTES = 2 << 20
@@ -247,18 +248,27 @@ class MountField(serializers.Field[Any, Any, Any, Any]):
         return value
 
 
-class IdleConfigurationParameters(serializers.Serializer[Any]):
-    """Not available yet."""
+class IdleConfigurationParameters(StrictSerializer):
+    """What is done with a devbox that is not used: no byte or call of any kind, no command, nobody at a terminal."""
 
-    idle_time_seconds = serializers.IntegerField()
+    idle_time_seconds = WholeField(min_value=1, max_value=IDLE_MAX, help_text="So long after it was last used.")
     on_idle = serializers.ChoiceField(choices=["shutdown", "suspend"])
 
 
-class ResumeTriggers(serializers.Serializer[Any]):
-    """Not available yet."""
+class ResumeTriggers(StrictSerializer):
+    """What resumes a devbox that is suspended."""
 
-    http = serializers.BooleanField(required=False, allow_null=True)
-    axon_event = serializers.BooleanField(required=False, allow_null=True)
+    http = FlagField(
+        required=False,
+        allow_null=True,
+        help_text="A request through its tunnel. Comes before the tunnel's own `wake_on_http`.",
+    )
+    axon_event = FlagField(required=False, allow_null=True, help_text="Not available yet.")
+
+    def validate_axon_event(self, value: bool | None) -> bool | None:
+        if value:
+            raise serializers.ValidationError("Axons are not available yet.")
+        return value
 
 
 class LifecycleHooks(StrictSerializer):
@@ -283,8 +293,8 @@ class LifecycleHooks(StrictSerializer):
 class LifecycleConfigurationParameters(StrictSerializer):
     """What happens to a devbox that sleeps or is not used."""
 
-    after_idle = not_yet(IdleConfigurationParameters, "An action on idling is")
-    resume_triggers = not_yet(ResumeTriggers, "A trigger of resuming is")
+    after_idle = IdleConfigurationParameters(required=False, allow_null=True)
+    resume_triggers = ResumeTriggers(required=False, allow_null=True)
     lifecycle_hooks = LifecycleHooks(required=False, allow_null=True)
 
 
@@ -321,7 +331,12 @@ class LaunchParameters(StrictSerializer):
         max_value=KEEP_ALIVE_MAX,
         help_text=f"The devbox is shut down so long after it started. {KEEP_ALIVE_DEFAULT} if not given.",
     )
-    after_idle = not_yet(IdleConfigurationParameters, "An action on idling is")
+    after_idle = IdleConfigurationParameters(
+        required=False,
+        allow_null=True,
+        help_text="In place of `keep_alive_time_seconds`. `lifecycle.after_idle` is the same; given both, they must "
+        "be equal.",
+    )
     custom_cpu_cores = NumberField(required=False, allow_null=True, most=sizes.CPU_CORES_MAX)
     custom_gb_memory = WholeField(required=False, allow_null=True)
     custom_disk_size = WholeField(required=False, allow_null=True)
@@ -337,6 +352,9 @@ class LaunchParameters(StrictSerializer):
             sizes.size_of(attrs)
         except sizes.BadSize as error:
             raise serializers.ValidationError({error.field: error.message}) from None
+        older, newer = attrs.get("after_idle"), (attrs.get("lifecycle") or {}).get("after_idle")
+        if older and newer and older != newer:
+            raise serializers.ValidationError({"after_idle": "Must be the same as lifecycle.after_idle."})
         return attrs
 
 
@@ -476,6 +494,18 @@ class McpSpecView(serializers.Serializer[Any]):
     secret_id = serializers.CharField()
 
 
+class NextClockView(serializers.Serializer[Any]):
+    """The clock that fires next when nothing happens. A command that runs, or somebody at a terminal, puts
+    `after_idle` off when it comes to that."""
+
+    clock = serializers.ChoiceField(choices=["keep_alive", "after_idle"])
+    action = serializers.ChoiceField(choices=["shutdown", "suspend"])
+    at_ms = serializers.IntegerField(max_value=INT64_MAX, min_value=0)
+    seconds = serializers.IntegerField(help_text="Its time,")
+    since_ms = serializers.IntegerField(max_value=INT64_MAX, min_value=0, help_text="which began then,")
+    since = serializers.ChoiceField(choices=["start", *states.ACTIVITIES], help_text="with that.")
+
+
 class DevboxView(serializers.Serializer[Any]):
     """A devbox. Times are Unix milliseconds."""
 
@@ -510,6 +540,9 @@ class DevboxView(serializers.Serializer[Any]):
     )
     keep_alive_end_time_ms = serializers.IntegerField(
         max_value=INT64_MAX, min_value=0, required=False, allow_null=True, help_text="When it will be shut down."
+    )
+    next_clock = NextClockView(
+        required=False, allow_null=True, help_text="Which clock fires next, and why then; null unless it runs."
     )
 
 

@@ -16,7 +16,7 @@ import orjson
 
 from accounts.sealing import unseal
 from api.callers import Caller
-from api.errors import NotFound
+from api.errors import NotFound, Unavailable
 from api.ids import is_id
 from api.pages import Page
 from api.prepared import fetch_all, fetch_one
@@ -28,7 +28,8 @@ _MS = "(extract(epoch from {0}) * 1000)::bigint"
 _OWN_COLUMNS = f"""
 d.id, d.account_id, d.status, d.name, d.metadata::text, d.launch_parameters::text, {_MS.format("d.created_at")},
 {_MS.format("d.ended_at")}, d.initiator_type, d.initiator_id, d.failure_reason, d.shutdown_reason, d.why,
-{_MS.format("d.last_activity_at")}, d.last_activity_kind, {_MS.format("d.end_at")},
+{_MS.format("d.last_activity_at")}, d.last_activity_kind, {_MS.format("d.end_at")}, d.idle_seconds, d.on_idle,
+d.keep_alive_seconds,
 (SELECT coalesce(json_agg(json_strip_nulls(json_build_object(
     'status', t.status, 'transition_time_ms', {_MS.format("t.at")}, 'failure_reason', t.failure_reason
  )) ORDER BY t.id), '[]')::text FROM devboxes_devboxtransition t WHERE t.devbox_id = d.id)
@@ -62,6 +63,9 @@ class DevboxRow:
     last_activity_ms: int | None
     last_activity_kind: str
     end_ms: int | None
+    idle_seconds: int | None
+    on_idle: str
+    keep_alive_seconds: int
     transitions: str
     extensions: str
 
@@ -81,7 +85,8 @@ def access_devbox(caller: Caller, devbox_id: str) -> DevboxRow:
 
 
 def view(row: DevboxRow) -> dict[str, Any]:
-    """The contract's DevboxView, for orjson. Beyond it: `why`, the last activity and when its keep-alive time ends."""
+    """The contract's DevboxView, for orjson. Beyond it: `why`, the last activity, when its keep-alive time ends
+    and which clock fires next."""
     return {
         "id": row.id,
         "name": row.name or None,
@@ -105,7 +110,33 @@ def view(row: DevboxRow) -> dict[str, Any]:
         "last_activity_time_ms": row.last_activity_ms,
         "last_activity_kind": row.last_activity_kind or None,
         "keep_alive_end_time_ms": None if row.over else row.end_ms,
+        "next_clock": _next_clock(row),
         **extensions.shown(row.extensions),
+    }
+
+
+def _next_clock(row: DevboxRow) -> dict[str, Any] | None:
+    """Which clock will fire next when nothing happens, what it does, and why then."""
+    if row.status != "running":
+        return None
+    if row.idle_seconds is not None and row.last_activity_ms is not None:
+        return {
+            "clock": "after_idle",
+            "action": row.on_idle,
+            "at_ms": row.last_activity_ms + 1000 * row.idle_seconds,
+            "seconds": row.idle_seconds,
+            "since_ms": row.last_activity_ms,
+            "since": row.last_activity_kind or "start",
+        }
+    if row.end_ms is None:
+        return None
+    return {
+        "clock": "keep_alive",
+        "action": "shutdown",
+        "at_ms": row.end_ms,
+        "seconds": row.keep_alive_seconds,
+        "since_ms": row.end_ms - 1000 * row.keep_alive_seconds,
+        "since": "start",
     }
 
 
@@ -202,6 +233,12 @@ class ExecutionContext:
     user_name: str
     user_uid: int
     user_home: str
+    door_closed: bool
+
+    def check_door(self) -> None:
+        """Raises Unavailable for the moment in which a devbox that seems to be idle takes no new work."""
+        if self.door_closed:
+            raise Unavailable(f"devbox {self.devbox_id} is about to be idle for too long; ask again", retry_after=2)
 
     @property
     def user(self) -> dict[str, Any]:
@@ -210,7 +247,7 @@ class ExecutionContext:
 
 
 _CONTEXT = """
-SELECT id, account_id, status, host_id, user_name, user_uid, user_home FROM devboxes_devbox
+SELECT id, account_id, status, host_id, user_name, user_uid, user_home, step = 'last_look' FROM devboxes_devbox
  WHERE id = %s AND account_id = %s
 """
 
@@ -221,6 +258,11 @@ def execution_context(caller: Caller, devbox_id: str) -> ExecutionContext:
     if row is None:
         raise NotFound(f"there is no devbox {devbox_id[:60]}")
     return ExecutionContext(*row)
+
+
+def is_running(devbox_id: str) -> bool:
+    """Whether a devbox, whoever's, runs."""
+    return fetch_one("SELECT 1 FROM devboxes_devbox WHERE id = %s AND status = 'running'", [devbox_id]) is not None
 
 
 @lru_cache(maxsize=1024)

@@ -18,7 +18,7 @@ from api.callers import Caller
 from api.errors import BadRequest, TooManyRequests, Unavailable
 from api.idempotency import body_digest, idempotent
 from api.ids import new_id
-from devboxes import extensions, launch, schemas, selectors, sizes, states
+from devboxes import clocks, extensions, launch, schemas, selectors, sizes, states
 from devboxes.devbox_flow import devbox_flow
 from devboxes.flow_rows import entering, transition
 from devboxes.models import Devbox
@@ -69,6 +69,7 @@ def _columns(caller: Caller, parameters: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in (parameters.get("launch_parameters") or {}).items() if value is not None}
     size = sizes.size_of(given)
     keep_alive = given.get("keep_alive_time_seconds") or schemas.KEEP_ALIVE_DEFAULT
+    idle = clocks.idle_of(given)
     user = given.get("user_parameters") or {"username": launch.DEFAULT_USER, "uid": launch.DEFAULT_UID}
     mounts = schemas.all_mounts(dict(parameters))
     commands = given.get("launch_commands") or []
@@ -97,6 +98,8 @@ def _columns(caller: Caller, parameters: Mapping[str, Any]) -> dict[str, Any]:
         "user_uid": user["uid"],
         "user_home": "/root" if user["uid"] == 0 else f"/home/{user['username']}",
         "keep_alive_seconds": keep_alive,
+        "idle_seconds": idle["idle_time_seconds"] if idle else None,
+        "on_idle": idle["on_idle"] if idle else "",
         "launch_total": launch.count(
             user_name=user["username"],
             user_uid=user["uid"],
@@ -378,5 +381,6 @@ def use_running(caller: Caller, devbox_id: str, what: str, activity: str) -> sel
     context = selectors.execution_context(caller, devbox_id)
     if context.status != "running" or context.host_id is None:
         raise BadRequest(f"devbox {context.devbox_id} is {context.status}; {what} while it is running")
+    context.check_door()
     touch(context.devbox_id, activity)
     return context

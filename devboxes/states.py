@@ -1,9 +1,9 @@
 """The life of a devbox as literal tables: step -> public status, legal moves, and how long each step may take.
 
-    place ──► prepare_disk ──► boot ──► launch ──► running                    provisioning: place, prepare_disk, boot,
+    place ──► prepare_disk ──► boot ──► launch ──► running ◄──► last_look       provisioning: place, prepare_disk, boot,
                                  ▲                    │             │                         readmit, take_disk
                                  │                    ▼             ▼           initializing: launch
-    suspended ──► readmit ──► take_disk         run_hooks ◄─────────┘           running:      running
+    suspended ──► readmit ──► take_disk         run_hooks ◄─────────┘           running:      running, last_look
         ▲                                             │                         suspending:   run_hooks, quiet, suspend
         └─────────────── suspend ◄── quiet ◄──────────┘                         suspended:    suspended
 
@@ -30,6 +30,8 @@ PREPARE_DISK: Final = "prepare_disk"
 BOOT: Final = "boot"
 LAUNCH: Final = "launch"
 RUNNING: Final = "running"
+LAST_LOOK: Final = "last_look"
+"""Its idle time seems to be over: the door is closed to new work, and its host is asked."""
 RUN_HOOKS: Final = "run_hooks"
 QUIET: Final = "quiet"
 SUSPEND: Final = "suspend"
@@ -47,6 +49,7 @@ STATUS: Final[dict[str, str]] = {
     BOOT: "provisioning",
     LAUNCH: "initializing",
     RUNNING: "running",
+    LAST_LOOK: "running",
     RUN_HOOKS: "suspending",
     QUIET: "suspending",
     SUSPEND: "suspending",
@@ -64,7 +67,8 @@ MOVES: Final[dict[str, frozenset[str]]] = {
     PREPARE_DISK: frozenset({BOOT, LAUNCH, RUNNING, TEARDOWN, CLEAN_UP}),
     BOOT: frozenset({LAUNCH, RUNNING, TEARDOWN, CLEAN_UP}),
     LAUNCH: frozenset({RUNNING, READMIT, TEARDOWN, CLEAN_UP}),
-    RUNNING: frozenset({RUN_HOOKS, READMIT, TEARDOWN, CLEAN_UP}),
+    RUNNING: frozenset({LAST_LOOK, RUN_HOOKS, READMIT, TEARDOWN, CLEAN_UP}),
+    LAST_LOOK: frozenset({RUNNING, RUN_HOOKS, READMIT, TEARDOWN, CLEAN_UP}),
     RUN_HOOKS: frozenset({QUIET, TEARDOWN, CLEAN_UP}),
     QUIET: frozenset({SUSPEND, TEARDOWN, CLEAN_UP}),
     SUSPEND: frozenset({SUSPENDED, TEARDOWN, CLEAN_UP}),
@@ -103,7 +107,7 @@ would keep it awake. `call` is any other change."""
 ON_HOST: Final = frozenset(set(STATUS) - {PLACE, GONE, FAILED})
 """Steps in which a host may have something of the devbox."""
 
-UP: Final = frozenset({LAUNCH, RUNNING})
+UP: Final = frozenset({LAUNCH, RUNNING, LAST_LOOK})
 """Steps in which the box's processes are expected to run."""
 
 
@@ -115,6 +119,7 @@ def seconds_for(step: str) -> float | None:
         BOOT: 120.0,
         LAUNCH: 3600.0,
         RUNNING: None,  # its clocks are `clocks`' business
+        LAST_LOOK: 10.0,
         RUN_HOOKS: 75.0,  # a little over the longest time that may be asked for
         QUIET: None,  # the step itself goes on after a minute
         SUSPEND: 900.0,

@@ -20,6 +20,7 @@ from devboxes import launch, launch_logs, logs, states
 from devboxes.flow_rows import MIB, DevboxRow, fail, host_is_lost, host_lost
 from devboxes.launch_logs import LAUNCH_HOLD_MS, LAUNCH_LOOK_SECONDS
 from flows.outcomes import DatabaseNow, Next, Outcome, Wait
+from hostd.messages import StateReply
 from hosts import placement, registry
 from hosts.client import HostRefused
 
@@ -39,20 +40,34 @@ def run_hooks(row: DevboxRow) -> Outcome:
     entries: list[logs.Entry] = []
     for piece in hooks.work:
         row.check()
-        state = row.host.spawn(box=row.id, id=piece.id, fence=row.fence, body=piece.body, hold_ms=LAUNCH_HOLD_MS)
+        state = _run(row, piece) if left > 0 else _became(row, piece)
+        if state is None:
+            break
         if state["state"] == "running":
             if left > 0:
                 return Wait(min(left, LAUNCH_LOOK_SECONDS))
-            row.host.kill(box=row.id, id=piece.id, fence=row.fence, signal=SIGKILL)
-            state = row.host.state(box=row.id, id=piece.id)
             text = f"it was stopped: suspend commands may take {hooks.within.total_seconds():g} s together"
             entries.append(logs.Entry(piece.source, piece.id, "warning", cmd=piece.title, message=text))
+            row.host.kill(box=row.id, id=piece.id, fence=row.fence, signal=SIGKILL)
+            state = row.host.state(box=row.id, id=piece.id)
             if state["state"] == "running":
                 break  # on its way down; its box follows
         entries += launch_logs.ended(row.host, row.id, piece, state).entries
-        if left <= 0:
-            break
     return Next(states.QUIET, also=launch_logs.writing(row.id, entries) if entries else None)
+
+
+def _run(row: DevboxRow, piece: launch.Work) -> StateReply:
+    return row.host.spawn(box=row.id, id=piece.id, fence=row.fence, body=piece.body, hold_ms=LAUNCH_HOLD_MS)
+
+
+def _became(row: DevboxRow, piece: launch.Work) -> StateReply | None:
+    """What became of it; None when it was not begun."""
+    try:
+        return row.host.state(box=row.id, id=piece.id)
+    except HostRefused as error:
+        if error.code != "unknown_id":
+            raise
+        return None
 
 
 def quiet(row: DevboxRow) -> Outcome:
@@ -148,6 +163,7 @@ def _no_room(row: DevboxRow) -> Outcome | None:
 
 
 EXPIRED: Final[dict[str, Callable[[DevboxRow], Outcome | None]]] = {
+    states.LAST_LOOK: lambda row: Wait(ROOM_AGAIN_SECONDS, step=states.RUNNING),
     states.RUN_HOOKS: lambda row: Next(states.QUIET),
     states.READMIT: _no_room,
 }

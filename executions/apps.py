@@ -26,6 +26,7 @@ class ExecutionsConfig(AppConfig):
                 on_heard=services.on_heard,
                 before_destroy=services.before_destroy,
                 after_destroy=services.after_destroy,
+                doing=services.doing,
                 before_suspend=services.before_suspend,
                 after_suspend=services.after_suspend,
             ),

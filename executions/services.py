@@ -59,7 +59,7 @@ class NewExecution:
 # One statement checks that the devbox is the caller's and runs, that the cap leaves room, and makes the row. It is
 # the whole cost of a command in the request that brings it.
 _MAY: Final = """
-       d.id = %(devbox)s AND d.account_id = %(account)s AND d.status = 'running'
+       d.id = %(devbox)s AND d.account_id = %(account)s AND d.status = 'running' AND d.step <> 'last_look'
    AND (SELECT count(*) FROM executions_execution e WHERE e.account_id = %(account)s AND e.completed_at IS NULL)
        < coalesce((SELECT a.max_executions_at_once FROM accounts_account a WHERE a.id = %(account)s), %(cap)s::int)
          - %(margin)s::int
@@ -142,6 +142,7 @@ def create_execution(caller: Caller, devbox_id: str, new: NewExecution) -> str:
     context = devboxes.execution_context(caller, devbox_id)
     if context.status != "running":
         raise BadRequest(f"devbox {devbox_id} is {context.status}; commands run only while it is running")
+    context.check_door()
     if new.shell_name is not None:
         shells.check_room(devbox_id, new.shell_name)
     # 3. The cap is near: counted and made with no other creation of the account in between, it is exact.
@@ -357,6 +358,14 @@ def before_destroy(devbox_id: str) -> bool:
     The devbox is woken when the last end comes in.
     """
     return _stop_all(devbox_id, DEVBOX_ENDING)
+
+
+_DOING: Final = "SELECT EXISTS (SELECT 1 FROM executions_execution WHERE devbox_id = %s AND completed_at IS NULL)"
+
+
+def doing(devbox_id: str) -> str | None:
+    """Whether a command has no end yet, which counts as use."""
+    return "command" if _fetch_all(_DOING, (devbox_id,))[0][0] else None
 
 
 def before_suspend(devbox_id: str) -> bool:

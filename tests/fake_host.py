@@ -27,7 +27,7 @@ from django.conf import settings
 
 from api.ids import new_id
 from hostd import messages
-from hosts.client import IndexResult, ReadResult
+from hosts.client import Activity, IndexResult, ReadResult
 from hosts.delivery import deliver
 from hosts.errors import HostRefused, HostUnreachable, StaleFence
 from tests.fake_boxes import Box, Execution, Failure, verb
@@ -61,6 +61,10 @@ class FakeHost:
         self.warm = 0
         self.passed = 0.0
         """Seconds that the test says have passed on this host's own clock."""
+        self.attached = 0
+        """Terminals with somebody at them."""
+        self.used_at = time.monotonic()
+        """When a box was last used, by this host's own clock."""
         self._failures: dict[str, list[Failure]] = collections.defaultdict(list)
         self._scripts: dict[str, dict[str, Any]] = {}
         self._buried: dict[str, set[str]] = collections.defaultdict(set)
@@ -400,6 +404,13 @@ class FakeHost:
             data = b"".join(lines[-last_lines:]) if last_lines else b""
             offset = len(whole) - len(data)
         return ReadResult(len(whole), offset, data)
+
+    @verb
+    def activity(self, *, box: str) -> Activity:
+        found = self._up(box)
+        running = sum(one.state == "running" and not one.id.startswith("set_") for one in found.executions.values())
+        idle = 0.0 if running or self.attached else self.monotonic() - self.used_at
+        return Activity(running, self.attached, 0, idle, self.monotonic())
 
     @verb
     def follow(self, *, box: str, id: str, stream: str, offset: int = 0) -> FakeFollowing:

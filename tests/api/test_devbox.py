@@ -126,7 +126,6 @@ UNBUILT: dict[str, Any] = {
     "mcp": {"A": {"mcp_config": "m", "secret": "s"}},
     "launch_parameters.network_policy_id": "np_1",
     "launch_parameters.required_services": ["db"],
-    "launch_parameters.after_idle": {"idle_time_seconds": 60, "on_idle": "shutdown"},
     "launch_parameters.lifecycle": {"resume_triggers": {"axon_event": True}},
 }
 

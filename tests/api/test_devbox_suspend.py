@@ -141,3 +141,40 @@ def test_hooks_are_shown(alice: Party, fake: FakeHost) -> None:
     asked = {"launch_parameters": {"lifecycle": {"lifecycle_hooks": hooks}}}
     view = alice.post("/v1/devboxes", asked).json()
     assert view["launch_parameters"]["lifecycle"] == {"lifecycle_hooks": hooks}
+
+
+IDLE = {"idle_time_seconds": 60, "on_idle": "suspend"}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"after_idle": IDLE},
+        {"lifecycle": {"after_idle": IDLE}},
+        {"after_idle": IDLE, "lifecycle": {"after_idle": IDLE, "resume_triggers": {"http": True, "axon_event": False}}},
+    ],
+)
+def test_an_idle_time_may_be_asked_for_in_either_place(alice: Party, fake: FakeHost, asked: Any) -> None:
+    view = alice.post("/v1/devboxes", {"launch_parameters": asked}).json()
+    assert {name: view["launch_parameters"][name] for name in asked} == asked
+    assert (row(view["id"]).idle_seconds, row(view["id"]).on_idle) == (60, "suspend")
+    assert view["next_clock"] is None, "it does not run yet"
+    work()
+    clock = alice.get(f"/v1/devboxes/{view['id']}").json()["next_clock"]
+    assert (clock["clock"], clock["action"], clock["seconds"]) == ("after_idle", "suspend", 60)
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"after_idle": {**IDLE, "idle_time_seconds": 0}}, "idle_time_seconds"),
+        ({"after_idle": {**IDLE, "on_idle": "hibernate"}}, "on_idle"),
+        ({"after_idle": {"on_idle": "suspend"}}, "idle_time_seconds"),
+        ({"after_idle": IDLE, "lifecycle": {"after_idle": {**IDLE, "on_idle": "shutdown"}}}, "after_idle"),
+        ({"lifecycle": {"resume_triggers": {"axon_event": True}}}, "axon_event"),
+        ({"lifecycle": {"wake": True}}, "wake"),
+    ],
+)
+def test_clocks_that_cannot_be(alice: Party, fake: FakeHost, asked: Any, field: str) -> None:
+    answer = alice.post("/v1/devboxes", {"launch_parameters": asked})
+    assert answer.status_code == 400 and field in answer.json()["message"], answer.text
