@@ -54,6 +54,7 @@ def world(alice: Party, operator: Client) -> Any:
         alice.post(f"/v1/devboxes/{devbox_id}/execute_async", {"command": "true", "shell_name": "a"}).status_code == 200
     )
     assert alice.post(f"/v1/devboxes/{devbox_id}/create_pty_tunnel").status_code == 200
+    assert alice.post(f"/v1/devboxes/{devbox_id}/enable_tunnel", {}).status_code == 200
     with connection.cursor() as cursor:
         cursor.execute("INSERT INTO hosts_watcherreplica (id, until) VALUES ('one', now())")
     Group.objects.create(name="readers")
