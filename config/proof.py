@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from typing import Any
@@ -218,6 +219,33 @@ def prove(url: str, key: str) -> int:
         expect(closed["status"], "closed")
         refused(404, lambda: client.post(control, cast_to=object, body={"action": "close"}))
 
+    def tunnel() -> None:
+        made = devboxes.enable_tunnel(main, auth_mode="authenticated")
+        expect(devboxes.enable_tunnel(main).tunnel_key, made.tunnel_key)
+        expect(devboxes.retrieve(main).tunnel.auth_token, made.auth_token)
+        output("mkdir -p site && echo through > site/page && (cd site && setsid python3 -m http.server 8123 "
+               "--bind 127.0.0.1 > /dev/null 2>&1 &)", "")  # fmt: skip
+
+        def page(token: str) -> int:
+            named = {"Host": f"8123-{made.tunnel_key}.tunnel.berth.test", "Authorization": f"Bearer {token}"}
+            asking = urllib.request.Request(f"{url}/page", headers=named)  # noqa: S310 - the installation's own
+            try:
+                with urllib.request.urlopen(asking, timeout=30) as answer:  # noqa: S310
+                    expect(answer.read(), b"through\n")
+                    return int(answer.status)
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        expect(page("another"), 401)
+        deadline = time.monotonic() + 20
+        while page(made.auth_token) == 502 and time.monotonic() < deadline:
+            time.sleep(0.1)  # it does not listen yet
+        expect(page(made.auth_token), 200)
+        devboxes.remove_tunnel(main)
+        expect(devboxes.retrieve(main).tunnel, None)
+        time.sleep(1.5)
+        expect(page(made.auth_token), 404)
+
     def killed() -> None:
         begun = devboxes.execute_async(main, command="sleep 300")
         executions.kill(begun.execution_id, devbox_id=main)
@@ -341,6 +369,7 @@ def prove(url: str, key: str) -> int:
     check("named shell: directory, variables, exit", named_shell)
     check("files: write, read, upload, download", files)
     check("terminal: key, session, resize, close", terminal)
+    check("tunnel: enable, a request through it, remove", tunnel)
     check("kill", killed)
     check("send_std_in: interrupt", interrupted)
     check("executions listed; why of a command and of a devbox", listed_and_explained)
