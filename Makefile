@@ -12,7 +12,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # Root is needed to make users, mounts and network; sudo keeps the settings named above.
-AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=BERTH_STATE,BERTH_BIND,BERTH_WARM,BERTH_POOL_GB,DATABASE_URL,REDIS_URL,S3_ENDPOINT_URL,S3_ACCESS_KEY_ID,S3_SECRET_ACCESS_KEY,S3_BUCKET,S3_REGION)
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=BERTH_STATE,BERTH_BIND,BERTH_DOMAIN,BERTH_SSH_BIND,BERTH_SSH_TLS_BIND,BERTH_WARM,BERTH_POOL_GB,DATABASE_URL,REDIS_URL,S3_ENDPOINT_URL,S3_ACCESS_KEY_ID,S3_SECRET_ACCESS_KEY,S3_BUCKET,S3_REGION)
 
 .PHONY: help venv up down uninstall prove test bench chaos lint schema
 

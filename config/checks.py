@@ -55,6 +55,8 @@ def problems() -> list[CheckMessage]:
         found.append(Error("Every pool needs at least one thread.", id="berth.E008"))
     if own.public_url and not own.public_url.startswith(("http://", "https://")):
         found.append(Error("BERTH_PUBLIC_URL must start with http:// or https://.", id="berth.E009"))
+    if not 60 <= own.SSH_KEY_TTL <= 366 * 86_400:
+        found.append(Error("BERTH_SSH_KEY_TTL must be a minute to a year, in seconds.", id="berth.E013"))
     try:
         certificates.names_of(own.domain)
     except certificates.CertificateError as error:

@@ -7,6 +7,7 @@ what users get.
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import urllib.error
 import urllib.request
@@ -24,6 +25,18 @@ def answers(base_url: str) -> None:
     except ApiRefused as refused:
         if refused.status != 401:
             raise NotReady(f"/v1/accounts/me answers {refused.status}: {refused.text[:200]}") from None
+    except OSError as error:
+        raise NotReady(str(error)) from None
+
+
+def greets(address: str) -> None:
+    """Raise NotReady until an SSH server says its name there."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=2) as connection:
+            connection.settimeout(2)
+            if not connection.recv(4).startswith(b"SSH-"):
+                raise NotReady("no SSH greeting")
     except OSError as error:
         raise NotReady(str(error)) from None
 
@@ -101,8 +114,8 @@ def running(state: State) -> dict[str, Any] | None:
     return facts if facts and facts.get("ready") else None
 
 
-def lines_to_paste(url: str, key: str) -> dict[str, str]:
-    """For each client, lines that work as they stand in a shell."""
+def lines_to_paste(url: str, key: str, ssh: str) -> dict[str, str]:
+    """For each client, lines that work as they stand in a shell. `ssh`: address:port of the plain SSH listener."""
     python = f"""\
 python3.11 -m venv ~/berth-sdk && ~/berth-sdk/bin/pip install --quiet runloop_api_client
 ~/berth-sdk/bin/python - <<'END'
@@ -127,19 +140,29 @@ END
 curl {url}/v1/devboxes -H 'Authorization: Bearer {key}' \\
      -H 'Content-Type: application/json' -d '{{"name": "mine"}}'
 """
-    return {"Python": python, "TypeScript, with Node.js 18 or newer": typescript, "curl": curl}
+    host, _, port = ssh.rpartition(":")
+    shell = f"""\
+box=$(curl -s {url}/v1/devboxes/create_and_await_running -H 'Authorization: Bearer {key}' \\
+      -H 'Content-Type: application/json' -d '{{"name": "mine"}}' | grep -om1 'dbx_[0-9a-z]*' | head -1)
+(umask 077; curl -s -X POST {url}/v1/devboxes/$box/create_ssh_key -H 'Authorization: Bearer {key}' \\
+      | python3 -c 'import json, sys; print(json.load(sys.stdin)["ssh_private_key"], end="")' > ~/$box.pem)
+ssh -i ~/$box.pem -p {port} $box@{host.strip("[]")}
+"""
+    return {"Python": python, "TypeScript, with Node.js 18 or newer": typescript, "curl": curl, "SSH": shell}
 
 
 def show(state: State, facts: Mapping[str, Any], output: str | None) -> None:
     """Print the output of the first devbox, the address, where the key is, and lines that work when pasted."""
     url = facts["base_url"]
     key = state.api_key_file.read_text().strip()
-    lines = "\n".join(f"# {name}\n{text}" for name, text in lines_to_paste(url, key).items())
+    lines = "\n".join(f"# {name}\n{text}" for name, text in lines_to_paste(url, key, facts["ssh"]).items())
     text = f"""
 {output or ""}
 API       {url}          docs: {url}/docs/
 Key       {key}          (kept in {state.api_key_file})
 Admin     {url}/admin/   (user and password in {state.admin_file})
+SSH       {facts["ssh"]}, for devbox_id@; {facts["ssh_tls"]} with TLS, for the url of create_ssh_key
+Trust     {state.path / "tls" / "ca.pem"}   (the authority of the TLS listeners)
 Logs      {state.logs}
 
 {lines}

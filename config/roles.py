@@ -41,6 +41,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     # share.
     "beat": ("python", "-m", "celery", "-A", "config", "beat", "-S", "celery.beat.Scheduler", "--loglevel", "INFO"),
     "watcher": ("python", "manage.py", "watch_hosts"),
+    "ssh": ("python", "manage.py", "serve_ssh"),
 }
 
 

@@ -80,6 +80,11 @@ class Berth:
     BODY_BUDGET: int = env.whole("BERTH_BODY_BUDGET", 256 * MIB)
     BODY_IDLE: float = env.number("BERTH_BODY_IDLE", 30.0)
 
+    # SSH into devboxes: how long a key is valid, and where `serve_ssh` listens, without TLS and with it.
+    SSH_KEY_TTL: float = env.number("BERTH_SSH_KEY_TTL", 86_400.0)
+    ssh_bind: str = env.text("BERTH_SSH_BIND", "127.0.0.1:8422")
+    ssh_tls_bind: str = env.text("BERTH_SSH_TLS_BIND", "127.0.0.1:8443")
+
     # Names a file by which tests make a worker kill itself at a point of a flow (flows.faults); never set otherwise.
     FAULT_FILE: str = env.text("BERTH_FAULT_FILE")
 
@@ -162,6 +167,7 @@ APPS = [
     "executions",
     "files",
     "pty",
+    "ssh_access",
     "snapshots",
     "tunnels",
 ]

@@ -49,8 +49,8 @@ from config.supervisor import (
     raise_open_files,
 )
 
-#: The web server's port when it is free and none was asked for; only a habit, another one is found otherwise.
-_USUAL_PORT = 8420
+#: The ports of what listens, when they are free and none was asked for; only a habit, others are found otherwise.
+_USUAL_PORTS = {"BERTH_BIND": 8420, "BERTH_SSH_BIND": 8422, "BERTH_SSH_TLS_BIND": 8423}
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Installation:
         self._hosts_may_run = True
         facts |= self.prepare("host", *self._host_arguments(), within=600.0)
         self.say(f"{'host':<12} ready   {facts['host_id']}")
+        facts |= {"ssh": self.env["BERTH_SSH_BIND"], "ssh_tls": self.env["BERTH_SSH_TLS_BIND"]}
         self.supervisor.announce(base_url=self.base_url, ready=True, state=str(self.state.path), **facts)
         return facts
 
@@ -132,12 +133,14 @@ class Installation:
 
     def role_services(self) -> list[Service]:
         env = self.role_env()
+        ready = {"web": lambda: first.answers(self.base_url), "ssh": lambda: first.greets(self.env["BERTH_SSH_BIND"])}
+        where = {"web": self.base_url, "ssh": self.env["BERTH_SSH_BIND"]}
         return [
             Service(
                 name,
                 [sys.executable, *argv[1:]],
-                ready=(lambda: first.answers(self.base_url)) if name == "web" else _alive,
-                where=self.base_url if name == "web" else "",
+                ready=ready.get(name, _alive),
+                where=where.get(name, ""),
                 env=env,
                 user=self.roles_user,
                 view=self.roles_view,
@@ -186,7 +189,7 @@ class Installation:
     def stop(self) -> None:
         """End this machine's devboxes, then everything that runs, in the reverse order.  Data stays."""
         if self._hosts_may_run:
-            self.supervisor.stop(["web", "beat"])
+            self.supervisor.stop(["web", "ssh", "beat"])
             try:
                 ended = self.prepare("end_devboxes", within=90.0, needs_services=False)["ended"]
                 self.say(f"devboxes     {ended} ended" if ended != 1 else "devboxes     1 ended")
@@ -237,16 +240,8 @@ def _alive() -> None:
 def settings(state: State, given: Mapping[str, str]) -> dict[str, str]:
     """The installation's settings: what was given now, else what was recorded, else made now."""
     recorded = state.read_env()
-    bind = given.get("BERTH_BIND")
-    if bind:
-        host, _, port = bind.rpartition(":")
-        if not port.isdigit() or not host:
-            raise StateError(f"BERTH_BIND must be ADDRESS:PORT, not {bind!r}")
-        if not port_is_free(int(port), host.strip("[]")):
-            raise StateError(f"BERTH_BIND: another program listens on {bind}; choose another port, or leave it unset")
-    else:
-        host, _, port = recorded.get("BERTH_BIND", f"127.0.0.1:{_USUAL_PORT}").rpartition(":")
-        bind = f"{host}:{free_port(int(port), address=host.strip('[]'))}"
+    taken: set[int] = set()
+    addresses = {name: _address(name, usual, given, recorded, taken) for name, usual in _USUAL_PORTS.items()}
     made: dict[str, Callable[[], str]] = {
         "BERTH_SECRET_KEY": lambda: secrets.token_urlsafe(48),
         "BERTH_SEAL_KEYS": lambda: Fernet.generate_key().decode(),
@@ -260,7 +255,24 @@ def settings(state: State, given: Mapping[str, str]) -> dict[str, str]:
     }
     named = given.get("BERTH_DOMAIN") or recorded.get("BERTH_DOMAIN", "")
     domain = certificates.domain_of(named, given.get("BERTH_PUBLIC_URL", ""))
-    return {**servers_given, **kept, "BERTH_BIND": bind, "BERTH_DOMAIN": domain}
+    return {**servers_given, **kept, **addresses, "BERTH_DOMAIN": domain}
+
+
+def _address(name: str, usual: int, given: Mapping[str, str], recorded: Mapping[str, str], taken: set[int]) -> str:
+    """Where a role listens: as given, else as before if that is still free, else on another port; added to `taken`."""
+    bind = given.get(name)
+    if bind:
+        host, _, port = bind.rpartition(":")
+        if not port.isdigit() or not host:
+            raise StateError(f"{name} must be ADDRESS:PORT, not {bind!r}")
+        if int(port) in taken or not port_is_free(int(port), host.strip("[]")):
+            raise StateError(f"{name}: another program listens on {bind}; choose another port, or leave it unset")
+    else:
+        host, _, port = recorded.get(name, f"127.0.0.1:{usual}").rpartition(":")
+        port = str(free_port(int(port), frozenset(taken), address=host.strip("[]")))
+        bind = f"{host}:{port}"
+    taken.add(int(port))
+    return bind
 
 
 def main() -> int:

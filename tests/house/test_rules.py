@@ -29,6 +29,7 @@ def test_rooms_are_used_from_above_only():
         ("boto3", lambda path: path.startswith("storage/")),
         ("botocore", lambda path: path.startswith("storage/")),
         ("granian", lambda path: path.startswith("config/")),
+        ("asyncssh", lambda path: path.startswith("ssh_access/")),
     ],
 )
 def test_a_library_is_known_in_one_place(library: str, allowed: Callable[[str], bool]):
