@@ -292,6 +292,7 @@ LOGGING: dict[str, Any] = {
     "loggers": {
         "paramiko": {"level": "WARNING"},
         "botocore": {"level": "WARNING"},
+        "asyncssh": {"level": "WARNING"},  # it would write down what people run
         # Two lines for every task cost a third of a short command's time; the rows tell what was done.
         "celery.worker.strategy": {"level": "WARNING"},
         "celery.app.trace": {"level": "WARNING"},

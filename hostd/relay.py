@@ -9,12 +9,13 @@ The wire, after the request line and its body:
 
     <- {"ok": true, "window"}       or {"error": …}; from then on packets both ways: u32 length of all that follows in
                                     it, one byte that says what it is, the bytes
-    -> 0 input      1 control: {"eof": true} | {"resize": [cols, rows]} | {"signal": number}
+    -> 0 input      1 control: {"eof": true} | {"deaf": true} | {"resize": [cols, rows]} | {"signal": number}
     <- 1 stdout     2 stderr        3 credit: u32, bytes of input that were taken
     <- 4 end        {"exit": 0..255} or {"signal": number, "core": bool}: all output has been sent
 
-The client sends at most `window` bytes of input beyond what it got credit for. So control always gets through, a client
-that leaves is noticed whatever the program reads, and neither side holds more than that.
+`deaf`: the client wants no more of stdout, and who writes to it shall be told. The client sends at most `window` bytes
+of input beyond what it got credit for. So control always gets through, a client that leaves is noticed whatever the
+program reads, and neither side holds more than that.
 
 Output ends when everybody has closed the pipes, as with sshd; on a terminal it ends with the program itself.
 """
@@ -324,6 +325,13 @@ class Relay:
             self._forget(self._stdin)
             self._stdin = -1
 
+    def _stop_output(self) -> None:
+        if self._master >= 0:
+            self._leave_terminal()
+        for source in [source for source, kind in self._sources.items() if kind == STDOUT]:
+            del self._sources[source]
+            self._forget(source)
+
     def _control(self, data: bytes) -> None:
         try:
             asked = packets.loads(data)
@@ -331,6 +339,8 @@ class Relay:
                 self._input_ended = True
                 if not self._input:
                     self._close_input()
+            elif "deaf" in asked:
+                self._stop_output()
             elif "resize" in asked:
                 cols, rows = asked["resize"]
                 if self._master >= 0:

@@ -117,6 +117,10 @@ class Running(Exchange):
         """There is no more."""
         await self._control({"eof": True})
 
+    async def stop_output(self) -> None:
+        """Nobody listens to its stdout any more: who writes to it gets SIGPIPE."""
+        await self._control({"deaf": True})
+
     async def resize(self, cols: int, rows: int) -> None:
         """Its terminal has another size."""
         await self._control({"resize": [cols, rows]})

@@ -61,6 +61,7 @@ class BoxSession(Channelled, asyncssh.SSHServerSession[bytes]):
         """The channel is open."""
         super().connection_made(chan)
         chan._env = _Environment()
+        chan._process_eow_at_openssh_dot_com_request = self._listens_no_more
 
     def pty_requested(self, term_type: str, term_size: tuple[int, int, int, int], term_modes: Any) -> bool:
         """A terminal is wanted for what comes."""
@@ -105,6 +106,12 @@ class BoxSession(Channelled, asyncssh.SSHServerSession[bytes]):
     def break_received(self, msec: int) -> bool:
         """A break is an interrupt."""
         self.signal_received("INT")
+        return True
+
+    def _listens_no_more(self, packet: Any) -> bool:
+        """OpenSSH says so when whatever reads its own output has gone: `ssh … yes | head`."""
+        if self._running is not None:
+            self.begin(self._quietly(self._running.stop_output()))
         return True
 
     async def _quietly(self, asking: Any) -> None:

@@ -154,6 +154,13 @@ def test_input_for_a_program_that_stopped_reading_is_dropped(box: Box) -> None:
     assert (end, out) == ({"exit": 4}, b"xxx")
 
 
+def test_a_client_that_listens_no_more_is_felt_by_who_writes(box: Box) -> None:
+    run = Run(box, "yes")
+    run.until(b"y\n")
+    run.control(deaf=True)
+    assert run.finish() == {"signal": 13, "core": False}
+
+
 def test_more_input_than_the_window_ends_it(box: Box) -> None:
     run = Run(box, "sleep 1000 & echo $!; wait")
     run.until(b"\n")
