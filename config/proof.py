@@ -246,6 +246,12 @@ def prove(url: str, key: str) -> int:
         time.sleep(1.5)
         expect(page(made.auth_token), 404)
 
+    def ssh_key() -> None:
+        first, second = (devboxes.create_ssh_key(main) for _ in range(2))
+        expect((first.id, first.url, first.url.endswith(".")), (main, second.url, False))
+        expect(first.ssh_private_key.startswith("-----BEGIN OPENSSH PRIVATE KEY-----\n"), True)
+        expect(first.ssh_private_key != second.ssh_private_key, True)
+
     def killed() -> None:
         begun = devboxes.execute_async(main, command="sleep 300")
         executions.kill(begun.execution_id, devbox_id=main)
@@ -370,6 +376,7 @@ def prove(url: str, key: str) -> int:
     check("files: write, read, upload, download", files)
     check("terminal: key, session, resize, close", terminal)
     check("tunnel: enable, a request through it, remove", tunnel)
+    check("create_ssh_key", ssh_key)
     check("kill", killed)
     check("send_std_in: interrupt", interrupted)
     check("executions listed; why of a command and of a devbox", listed_and_explained)

@@ -43,7 +43,7 @@ KEEPALIVE_SECONDS: Final = 30.0
 KEEPALIVES_MISSED: Final = 3
 UNSENT_MAX: Final = 32 << 20
 """Bytes that a client has not taken, of answers that no window bounds; then it is cut."""
-RECHECK_SECONDS: Final = 30.0
+RECHECK_SECONDS: Final = 10.0
 """How long a key that was revoked may still hold its connection."""
 STOP_SECONDS: Final = 5.0
 WINDOW: Final = 1 << 20
