@@ -91,6 +91,10 @@ class Forward(Channelled, asyncssh.SSHTCPSession[bytes]):
             self._touched = now
             await in_database(touch, self._access.devbox_id, "ssh")
 
+    def refuse(self, why: str, code: int = 255) -> None:
+        """End it; there is nobody to tell."""
+        self._give_up()
+
     def _give_up(self) -> None:
         if self._chan is not None:
             self._chan.abort()

@@ -46,6 +46,8 @@ UNSENT_MAX: Final = 32 << 20
 RECHECK_SECONDS: Final = 10.0
 """How long a key that was revoked may still hold its connection."""
 STOP_SECONDS: Final = 5.0
+TOLD_SECONDS: Final = 0.3
+"""For sessions to hear why they end."""
 WINDOW: Final = 1 << 20
 CIPHERS: Final = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "chacha20-poly1305@openssh.com", "aes256-ctr")
 
@@ -152,8 +154,11 @@ class Doorman(asyncssh.SSHServer):
         return int(transport.get_write_buffer_size()) if transport is not None else 0
 
     def disconnect(self, why: str) -> None:
-        """End it with a reason."""
-        self._conn.disconnect(asyncssh.DISC_BY_APPLICATION, why)
+        """End it with a reason, which each session is told: people see it there, and programs in a status of 255."""
+        for channel in self._open:
+            channel.refuse(why)
+        loop = asyncio.get_running_loop()
+        loop.call_later(TOLD_SECONDS, self._conn.disconnect, asyncssh.DISC_BY_APPLICATION, why)
 
     def abort(self) -> None:
         """End it at once."""
@@ -243,7 +248,8 @@ class Service:
             config=None,
             server_factory=lambda: Doorman(self, over_tls=context is not None),
             server_host_keys=[key],
-            server_version="Berth",
+            # OpenSSH's clients use what only OpenSSH understands (that nobody reads their output) by this name alone.
+            server_version="OpenSSH_Berth",
             encoding=None,
             line_editor=False,
             password_auth=False,
