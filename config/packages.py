@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from config.state import State, process_environment
@@ -69,12 +69,25 @@ def ensure(state: State, say: Progress) -> None:
     known = state.traces().get("packages", [])
     if installed := {*known, *wanted, *_installed_for_venv()}:
         state.record(packages=sorted(installed))
-    if not wanted:
-        return
+    if wanted:
+        _install(state, say, {name: (CONTROL_PLANE | VM_HOST)[name] for name in wanted})
+        if left := missing():
+            why = f"apt-get installed everything, yet these are not there: {', '.join(left)}"
+            raise StepFailed("packages", why, state.logs / "apt.log")
+
+
+def ensure_one(state: State, say: Progress, program: str, what_for: str) -> None:
+    """Install the package of a program that is not on this machine, naming it first.  Raises StepFailed."""
+    if shutil.which(program) is None:
+        state.record(packages=sorted({*state.traces().get("packages", []), program}))
+        _install(state, say, {program: what_for})
+
+
+def _install(state: State, say: Progress, wanted: Mapping[str, str]) -> None:
     if shutil.which("apt-get") is None:
         raise StepFailed("packages", f"this machine has no apt-get; install by hand: {', '.join(wanted)}", None)
-    for name in wanted:
-        say(f"packages     installing {name}: {(CONTROL_PLANE | VM_HOST)[name]}")
+    for name, what_for in wanted.items():
+        say(f"packages     installing {name}: {what_for}")
     log = state.logs / "apt.log"
     links_before = _unit_links()
     # A machine that looks for upgrades by itself holds dpkg's lock now and then.
@@ -86,8 +99,6 @@ def ensure(state: State, say: Progress) -> None:
         _apt(["apt-get", "install", *options, *wanted], log, say)
     for link in _unit_links() - links_before:
         link.unlink(missing_ok=True)
-    if left := missing():
-        raise StepFailed("packages", f"apt-get installed everything, yet these are not there: {', '.join(left)}", log)
     say(f"packages     {len(wanted)} installed; none of their services was started or enabled")
 
 

@@ -18,6 +18,7 @@ from config.supervisor import StepFailed
 FOLDER = CHECKOUT / "build" / "sdk"
 PYTHON_VERSIONS = ("3.0.0", "1.29.0")
 TYPESCRIPT_VERSION = "1.32.0"
+PLAYWRIGHT_VERSION = "1.65.1"
 
 
 def is_there(version: str) -> bool:
@@ -48,14 +49,21 @@ def python(version: str) -> Path:
 
 def typescript() -> Path:
     """A folder with ``node_modules/@runloop/api-client``.  Raises StepFailed where there is no npm."""
-    home = FOLDER / f"typescript-{TYPESCRIPT_VERSION}"
+    return _from_npm(f"typescript-{TYPESCRIPT_VERSION}", f"@runloop/api-client@{TYPESCRIPT_VERSION}")
+
+
+def browser_driver() -> Path:
+    """A folder with ``node_modules/playwright-core``, which drives Debian's Chromium.  Raises StepFailed likewise."""
+    return _from_npm(f"playwright-{PLAYWRIGHT_VERSION}", f"playwright-core@{PLAYWRIGHT_VERSION}")
+
+
+def _from_npm(name: str, package: str) -> Path:
+    home = FOLDER / name
     if not (home / "installed").exists():
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
         (home / "package.json").write_text('{"private": true, "type": "module"}\n')
-        _run(
-            ["npm", "install", "--silent", "--no-audit", "--no-fund", f"@runloop/api-client@{TYPESCRIPT_VERSION}"], home
-        )
+        _run(["npm", "install", "--silent", "--no-audit", "--no-fund", package], home)
         (home / "installed").touch()
     return home
 

@@ -224,6 +224,8 @@ USE_TZ = True
 TIME_ZONE = "UTC"
 
 STATIC_URL = "/static/"
+WEB_FILES = PROJECT / "build" / "web"
+STATICFILES_DIRS = [("xterm", WEB_FILES)] if WEB_FILES.is_dir() else []
 WHITENOISE_USE_FINDERS = True  # served from the packages themselves: there is nothing to collect
 WHITENOISE_AUTOREFRESH = False
 

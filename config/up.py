@@ -27,7 +27,7 @@ from typing import Any
 
 from cryptography.fernet import Fernet
 
-from config import certificates, first, packages, roles, servers
+from config import certificates, first, packages, roles, servers, web_files
 from config.seclusion import View, view_for
 from config.state import (
     CHECKOUT,
@@ -89,6 +89,7 @@ class Installation:
         """All steps up to a working API.  Returns what ``config.prepare`` said.  Raises StepFailed or StateError."""
         end_leftovers(self.state, self.say)
         packages.ensure(self.state, self.say)
+        web_files.ensure(self.state, self.say)
         user = self.state.ensure_user()
         self.roles_view = view_for(user)
         self.roles_user = user if self.roles_view is not None else None

@@ -59,6 +59,7 @@ class DevboxAdmin(_Seen, ModelAdmin):  # type: ignore[misc]
     show_full_result_count = False
     actions = ("shut_down",)
     inlines = (TransitionInline,)
+    readonly_fields = ("terminal",)
     exclude = SEALED
 
     def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
@@ -73,6 +74,13 @@ class DevboxAdmin(_Seen, ModelAdmin):  # type: ignore[misc]
         why = f"the operator {request.user} shut it down"
         count = sum(services.request_shutdown(devbox_id, why=why) for devbox_id in ids)
         messages.success(request, f"{count} of {len(ids)} shut down; the others were over already")
+
+    @admin.display(description="terminal")
+    def terminal(self, devbox: Devbox) -> str:
+        """The way to its web terminal while it runs."""
+        if devbox.status != "running":
+            return "–"
+        return format_html('<a href="{}">open in this browser</a>', reverse("web_terminal", args=[devbox.pk]))
 
     @admin.display(description="account", ordering="account__name")
     def of_account(self, devbox: Devbox) -> str:

@@ -382,7 +382,8 @@ class Terminal:
         position = max(0, self.end_position - min(RING_BYTES, len(self._ring))) if replay else self.end_position
         attachment = Attachment(self, *give(), position, writes)
         self._attached.append(attachment)
-        attachment.say({"ok": True, "offset": position, "cols": self.cols, "rows": self.rows})
+        size = {"cols": self.cols, "rows": self.rows}
+        attachment.say({"ok": True, "offset": position, "end": self.end_position, **size})
         attachment.pump()
         attachment.take_input()
         self._listen()

@@ -16,6 +16,8 @@ from hosts.files import FRAME_BYTES, Exchange
 INPUT_SECONDS: Final = 600.0
 """For input that the shell does not read: as long as the host itself waits for a client that takes nothing."""
 
+REPLAY_BYTES: Final = 256 * 1024
+
 
 class Attached(Exchange):
     """`async with` it, `async for` the output, `write` the input; `reason` says why the output ended."""
@@ -23,9 +25,15 @@ class Attached(Exchange):
     reason: str | None = None
     """exit | closed | takeover | slow | box; None while it goes on."""
 
+    replayed = 0
+    """How many of the first bytes are from before; known once it is entered."""
+
     async def __aenter__(self) -> Self:
         """Raises HostRefused (attached: there is a writer; unknown_id; busy), HostUnreachable."""
-        await self._begin()
+        reply = await self._begin()
+        start, end = reply.get("offset"), reply.get("end")
+        if isinstance(start, int) and isinstance(end, int):
+            self.replayed = min(max(0, end - start), REPLAY_BYTES)
         return self
 
     async def __aexit__(self, *_: object) -> None:

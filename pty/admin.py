@@ -8,7 +8,7 @@ from django.contrib import admin
 from django.http import HttpRequest
 from unfold.admin import ModelAdmin
 
-from pty.models import PtyTunnel
+from pty.models import PtyTunnel, WebTicket
 
 
 @admin.register(PtyTunnel)
@@ -23,6 +23,24 @@ class PtyTunnelAdmin(ModelAdmin):  # type: ignore[misc]  # unfold brings no type
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         """Made by the API only."""
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """Nothing of one changes."""
+        return False
+
+
+@admin.register(WebTicket)
+class WebTicketAdmin(ModelAdmin):  # type: ignore[misc]
+    """Tickets of the web terminal that were not used."""
+
+    list_display = ("id", "devbox", "user", "expires_at")
+    list_select_related = ("devbox", "user")
+    ordering = ("-id",)
+    exclude = ("ticket_sha256",)
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        """Made by the page only."""
         return False
 
     def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:

@@ -57,12 +57,12 @@ class TerminalConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]  # channel
             await refuse(self.base_send, error)
             return
         await self.accept(subprotocol=offered[0] if offered else None)
+        await self._begun()
         self._pump = asyncio.create_task(self._send_output())
 
     async def _attach(self, offered: list[str]) -> None:
         query = query_of(self.scope)
-        caller, devbox_id = await _who(self.scope, offered, query)
-        name = sessions.checked_name(self.scope["url_route"]["kwargs"]["session_name"])
+        caller, devbox_id, name = await self._admitted(offered, query)
         if query.get("mode", "write") not in ("write", "view"):
             raise BadRequest("mode: must be write or view")
         view = query.get("mode") == "view"
@@ -73,13 +73,18 @@ class TerminalConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]  # channel
         context = await sessions.context_of(caller, devbox_id)
         if not view:
             await sessions.open_session(context, name, sessions.size_from_query(query))
-        self._devbox_id = context.devbox_id
+        self._context, self._name = context, name
         self._view = view
         self._place = await self._held.enter_async_context(
             sessions.attached(
                 context, name, view=view, takeover=query.get("takeover") == "1", replay=query.get("replay") == "1"
             )
         )
+
+    async def _admitted(self, offered: list[str], query: dict[str, str]) -> tuple[Caller, str, str]:
+        """The caller, the devbox and the session's name. Raises ApiError."""
+        caller, devbox_id = await _who(self.scope, offered, query)
+        return caller, devbox_id, sessions.checked_name(self.scope["url_route"]["kwargs"]["session_name"])
 
     async def _send_output(self) -> None:
         """Everything the shell writes, until it ends, the client leaves or the server stops."""
@@ -97,7 +102,7 @@ class TerminalConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]  # channel
         try:
             async for data in self._place:
                 await self.send(bytes_data=data)
-                await self._note()
+                await self._sent(len(data))
         except HostUnreachable:
             # A box is ended together with who would say so.
             return AWAY if await in_database(is_running, self._devbox_id) else CODES["box"]
@@ -116,10 +121,21 @@ class TerminalConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]  # channel
                 await self._place.write(data)
             await self._note()
 
+    async def _begun(self) -> None:
+        """It is attached."""
+
+    async def _sent(self, size: int) -> None:
+        """So many bytes of output went out."""
+        await self._note()
+
     async def _note(self) -> None:
         if time.monotonic() - self._touched > TOUCH_SECONDS:
             self._touched = time.monotonic()
-            await in_database(touch, self._devbox_id, "terminal")
+            await self._used()
+
+    async def _used(self) -> None:
+        """It is in use, as every few seconds of use say."""
+        await in_database(touch, self._context.devbox_id, "terminal")
 
     async def disconnect(self, code: int) -> None:
         """The client has gone, or we closed; the session stays."""

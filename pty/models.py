@@ -1,10 +1,12 @@
-"""The keys by which a terminal is reached from outside: one row per call of create_pty_tunnel, for a day.
+"""The keys by which a terminal is reached from outside: one row per call of create_pty_tunnel, for a day; one per
+connection of the web terminal, for half a minute.
 
-Of the key and of the token only hashes are kept. Sessions have no rows: the host knows them.
+Of keys and tokens only hashes are kept. Sessions have no rows: the host knows them.
 """
 
 from __future__ import annotations
 
+from django.conf import settings
 from django.db import models
 from django.db.models.functions import Now
 
@@ -32,3 +34,18 @@ class PtyTunnel(models.Model):
 
     def __str__(self) -> str:
         return f"{self.id} of {self.devbox_id}"
+
+
+class WebTicket(models.Model):
+    """Lets one page of the web terminal connect once: made for an operator and a devbox, used up within half a minute.
+
+    Of the ticket only a hash is kept.
+    """
+
+    ticket_sha256 = models.BinaryField(unique=True)
+    devbox = models.ForeignKey("devboxes.Devbox", on_delete=models.CASCADE, related_name="+")
+    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="+")
+    expires_at = models.DateTimeField()
+
+    def __str__(self) -> str:
+        return f"of {self.user_id} for {self.devbox_id}"

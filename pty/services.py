@@ -75,3 +75,10 @@ def delete_expired_tunnels() -> int:
         gone += deleted
         if deleted < BATCH:
             return gone
+
+
+def delete_expired_tickets() -> int:
+    """Delete those that nobody can use any more; how many."""
+    with connection.cursor() as cursor:
+        cursor.execute("DELETE FROM pty_webticket WHERE expires_at < now()")
+        return int(cursor.rowcount)

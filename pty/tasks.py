@@ -9,7 +9,8 @@ from pty import services
 
 @shared_task(name="pty.delete_expired_tunnels", ignore_result=True)
 def delete_expired_tunnels() -> int:
-    """Delete keys whose day is over; how many."""
+    """Delete keys whose day is over, and tickets that were not used; how many keys."""
+    services.delete_expired_tickets()
     return services.delete_expired_tunnels()
 
 

@@ -58,6 +58,8 @@ def world(alice: Party, operator: Client) -> Any:
     with connection.cursor() as cursor:
         cursor.execute("INSERT INTO hosts_watcherreplica (id, until) VALUES ('one', now())")
     Group.objects.create(name="readers")
+    ticket = operator.post(reverse("web_terminal_ticket", args=[devbox_id]))
+    assert ticket.status_code == 200, ticket.content
     yield fake
     use_fake(fake.host_id, None)
 
