@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ GUESSES: Final = 20
 """Unknown keys or wrong tokens that one client's address may send at once, and how many a second after that."""
 GUESSES_A_SECOND: Final = 0.5
 ADDRESSES_MAX: Final = 10_000
+WRONG_SECONDS: Final = 600.0
+"""So long the same wrong key or token from the same address is no further guess: a page left open on a tunnel that has
+gone must not lock out who shares its address."""
 OWN_HEADER: Final = b"x-runloop-tunnel-authorization"
 
 _FIND: Final = """
@@ -107,19 +111,31 @@ class Guesses:
 
     def __init__(self) -> None:
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._told: OrderedDict[tuple[str, bytes], float] = OrderedDict()
 
-    def check(self, address: str) -> None:
-        """Raises TooManyRequests when that address has to wait before it may be wrong again."""
+    def told(self, address: str, secret: str) -> float:
+        """How many seconds ago that address was told that this is wrong; infinitely many when it was not."""
+        return time.monotonic() - self._told.get((address, digest(secret)), -math.inf)
+
+    def check(self, address: str, secret: str) -> None:
+        """Raises TooManyRequests when that address has to wait before it may be wrong again, in a new way."""
         left = self._now(address)
-        if left < 1:
+        if left < 1 and self.told(address, secret) > WRONG_SECONDS:
             raise TooManyRequests(
                 f"too many unknown tunnels or wrong tokens from this address: {GUESSES} at once, then one in "
                 f"{1 / GUESSES_A_SECOND:g} s",
                 retry_after=(1 - left) / GUESSES_A_SECOND,
             )
 
-    def count(self, address: str) -> None:
+    def count(self, address: str, secret: str) -> None:
         """That address was wrong."""
+        is_new = self.told(address, secret) > WRONG_SECONDS
+        self._told[address, digest(secret)] = time.monotonic()
+        self._told.move_to_end((address, digest(secret)))
+        if len(self._told) > ADDRESSES_MAX:
+            self._told.popitem(last=False)
+        if not is_new:
+            return
         self._left[address] = self._now(address) - 1, time.monotonic()
         self._left.move_to_end(address)
         if len(self._left) > ADDRESSES_MAX:
@@ -165,15 +181,18 @@ async def enter(key: str, offered: Sequence[str], client: str) -> Door:
     """
     address = _subscriber(client)
     if not doors.knows(key):
-        guesses.check(address)
+        if guesses.told(address, key) < REMEMBERED_SECONDS:
+            raise NotFound("there is no such tunnel")
+        guesses.check(address, key)
     door = await doors.find(key)
     if door is None:
-        guesses.count(address)
+        guesses.count(address, key)
         raise NotFound("there is no such tunnel")
     if door.token_sha256 is not None and not any(is_token(door, token) for token in offered):
         if offered:
-            guesses.check(address)
-            guesses.count(address)
+            wrong = " ".join((key, *offered))
+            guesses.check(address, wrong)
+            guesses.count(address, wrong)
         raise Unauthorized("this tunnel needs its token: X-Runloop-Tunnel-Authorization: Bearer …")
     return door
 

@@ -60,7 +60,9 @@ class TargetTooLong(ApiError):
 
 
 def check_size(headers: Sequence[tuple[bytes, bytes]], target: bytes) -> None:
-    """Raises HeadersTooLarge or TargetTooLong, which name the limit."""
+    """Raises HeadersTooLarge or TargetTooLong, which name the limit, and BadRequest for a target that is not ASCII."""
+    if not target.isascii():
+        raise BadRequest("the request's target has bytes that are not ASCII; percent-encode them")
     if len(target) > TARGET_BYTES_MAX:
         raise TargetTooLong(f"the request's target has {len(target)} bytes, a tunnel takes {TARGET_BYTES_MAX}")
     size = sum(len(name) + len(value) + 4 for name, value in headers)

@@ -21,7 +21,7 @@ from django.conf import settings
 
 from accounts.caps import open_socket
 from api.asynchronous import error_response
-from api.bodies import ClientGone, Message, Receive, Scope, Send
+from api.bodies import ClientGone, Message, Receive, Scope, Send, cut_off
 from api.errors import ApiError, BadRequest, NotFound, to_api_error
 from api.threads import in_database
 from devboxes.services import touch
@@ -54,14 +54,12 @@ async def serve(scope: Scope, receive: Receive, send: Send, *, port: int, key: s
     exchange = Exchange(scope, receive, send, port)
     try:
         await exchange.run(key)
-    except ClientGone:
-        pass
     except Exception as error:
         if exchange.started:
             # Returning without the last body message makes the server cut the connection.
-            log.info("an answer of port %d of a devbox was cut: %s", port, error)
+            log.info("an answer of port %d of a devbox was cut: %s", port, error or "its client has gone")
             return
-        answer = error_response(to_api_error(error))
+        answer = error_response(cut_off() if isinstance(error, ClientGone) else to_api_error(error))
         head = [(name.encode(), value.encode("latin-1", "replace")) for name, value in answer.headers.items()]
         head.append((b"content-length", str(len(answer.body)).encode()))
         await send({"type": "http.response.start", "status": answer.status, "headers": head})
@@ -153,7 +151,7 @@ class Exchange:
 
     async def _peek(self) -> tuple[bytes, bool]:
         """The first bytes of a body that nothing announced, and whether there is one: HTTP/2 needs no announcement."""
-        message = await self._message()
+        message = await _within(STALL_SECONDS, self._message(), BodyStalled)
         more = bool(message.get("more_body", False))
         return message.get("body", b""), bool(message.get("body")) or more
 
@@ -224,7 +222,15 @@ class Exchange:
     async def _note(self, door: Door) -> None:
         if door.http_keep_alive and time.monotonic() - self._touched_at > TOUCH_SECONDS:
             self._touched_at = time.monotonic()
-            await in_database(touch, door.devbox_id, "tunnel")
+            await note_use(door.devbox_id)
+
+
+async def note_use(devbox_id: str) -> None:
+    """Note that traffic used the devbox; when that cannot be written down, the traffic goes on all the same."""
+    try:
+        await in_database(touch, devbox_id, "tunnel")
+    except Exception as error:
+        log.warning("the use of %s by its tunnel was not noted: %s", devbox_id, error)
 
 
 class BodyStalled(ApiError):

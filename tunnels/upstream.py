@@ -7,6 +7,7 @@ bounds. Not in charge of which headers travel (`tunnels.headers`), nor of the cl
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import weakref
 from collections import OrderedDict
@@ -25,6 +26,12 @@ KEPT_EACH: Final = 8
 KEPT_MAX: Final = 512
 """Connections that wait for the next request: to one port of one devbox, and of the process."""
 READ_BYTES: Final = 256 * 1024
+INTERIM_MAX: Final = 100
+"""Interim answers (1xx) before the answer."""
+PIECES: Final = 64
+"""Chunks that are taken apart in one turn of the loop, which others wait for: a body of tiny ones takes long."""
+
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class BadGateway(ApiError):
@@ -104,7 +111,7 @@ class Upstream:
 
     async def head(self) -> h11.Response:
         """The head of the answer; interim ones are left out. Raises BadGateway, Stale."""
-        while True:
+        for _ in range(INTERIM_MAX + 1):
             event = await self._next()
             if isinstance(event, h11.InformationalResponse):
                 if event.status_code == 101:
@@ -115,13 +122,17 @@ class Upstream:
                 if len(event.headers) > HEADERS_MAX or size > HEADER_BYTES_MAX:
                     most = f"{HEADERS_MAX} headers of {HEADER_BYTES_MAX} bytes"
                     raise BadGateway(f"the server in the devbox sent more than {most}")
+                for name, value in event.headers:
+                    if _CONTROL.search(value):
+                        raise BadGateway(f"the server in the devbox sent a control character in {name.decode()}")
                 return event
             raise BadGateway("the server in the devbox ended the connection without an answer")
+        raise BadGateway(f"the server in the devbox sent more than {INTERIM_MAX} interim answers")
 
     async def body(self) -> bytes:
         """More of the answer's body, as much as has come; b"" once it is whole. Raises BadGateway when it was cut."""
         pieces: list[bytes] = []
-        while True:
+        while len(pieces) < PIECES:
             event = await self._next(wait=not pieces)
             if isinstance(event, h11.Data):
                 pieces.append(bytes(event.data))

@@ -30,16 +30,14 @@ from accounts.caps import open_socket
 from api.bodies import Receive, Scope, Send
 from api.errors import ApiError, NotFound, to_api_error
 from api.stopping import going_down
-from api.threads import in_database
 from api.websockets import refuse
-from devboxes.services import touch
 from hosts.client import HostUnreachable
 from hosts.dialling import Dialled
 from tunnels import doors, waking
 from tunnels.doors import Door, is_token
 from tunnels.headers import Headers, check_size, to_client, to_server
 from tunnels.open import opened
-from tunnels.proxy import TOUCH_SECONDS, host_of, peer_of, target_of
+from tunnels.proxy import STALL_SECONDS, TOUCH_SECONDS, host_of, note_use, peer_of, target_of
 from tunnels.upstream import BadGateway, GatewayTimeout, dial
 
 log = logging.getLogger(__name__)
@@ -48,6 +46,11 @@ MESSAGE_MAX: Final = 16 << 20
 HANDSHAKE_SECONDS: Final = 60.0
 FAREWELL_SECONDS: Final = 2.0
 REFUSAL_BYTES: Final = 64 * 1024
+SLICE_MIN: Final = 1024
+SLICE_MAX: Final = 32 * 1024
+FRAMES_MANY: Final = 64
+"""Taking tiny frames apart is slow, and this process serves others too: the more frames come, the fewer bytes of the
+server's are looked at in one turn of the loop."""
 NO_STATUS: Final = 1005
 BROKEN: Final = 1011
 RESTARTING: Final = 1012
@@ -147,6 +150,8 @@ class Link:
         self._accepted: Headers = []
         self._early: list[Any] = []
         self._touched_at = 0.0
+        self._unseen = memoryview(b"")
+        self._slice = SLICE_MIN
 
     async def aclose(self) -> None:
         """Hang up."""
@@ -164,13 +169,19 @@ class Link:
             if error is not None:
                 raise BadGateway(f"the server in the devbox did not answer the upgrade as HTTP: {error}") from error
             try:
-                data = await self._dialled.read()
+                if not await self._hear():
+                    self._wire.receive_eof()
             except HostUnreachable as gone:
                 raise BadGateway("the connection into the devbox broke") from gone
-            if data:
-                self._wire.receive_data(data)
-            else:
-                self._wire.receive_eof()
+
+    async def _hear(self) -> bool:
+        """Let the parser see some more of what the server says; False at its end. Raises HostUnreachable."""
+        if not self._unseen:
+            self._unseen = memoryview(await self._dialled.read())
+        some, self._unseen = self._unseen[: self._slice], self._unseen[self._slice :]
+        if some:
+            self._wire.receive_data(bytes(some))
+        return bool(some)
 
     def _request(self) -> WireRequest:
         headers = to_server(
@@ -270,7 +281,7 @@ class Link:
 
     async def _down(self, send: Send) -> tuple[int, str]:
         """Pass on what the server says, to its end: the close code and the reason."""
-        parts: list[bytes] = []
+        gathered = bytearray()  # no list: empty fragments would make it grow for ever
         text = False
         while True:
             events, self._early = [*self._early, *self._wire.events_received()], []
@@ -283,26 +294,28 @@ class Link:
                     continue
                 if event.opcode is not Opcode.CONT:
                     text = event.opcode is Opcode.TEXT
-                parts.append(bytes(event.data))
-                if event.fin:
-                    data = parts[0] if len(parts) == 1 else b"".join(parts)
-                    parts = []
+                if not event.fin:
+                    gathered += event.data
+                    continue
+                data = bytes(gathered + event.data) if gathered else bytes(event.data)
+                gathered = bytearray()
+                async with asyncio.timeout(STALL_SECONDS):
                     await send({"type": "websocket.send", **({"text": data.decode()} if text else {"bytes": data})})
-                    await self._note()
-                    await asyncio.sleep(0)
+                await self._note()
+                await asyncio.sleep(0)
+            self._slice = SLICE_MIN if len(events) > FRAMES_MANY else min(SLICE_MAX, 2 * self._slice)
             await self._flush()  # pongs
             if self._wire.parser_exc is not None:
                 sent = self._wire.close_sent
                 return (sent.code, sent.reason) if sent is not None else (BROKEN, "")
-            data = await self._dialled.read()
-            if not data:
+            if not await self._hear():
                 return BROKEN, "the server in the devbox broke off"
-            self._wire.receive_data(data)
+            await asyncio.sleep(0)
 
     async def _note(self) -> None:
         if self._door.http_keep_alive and time.monotonic() - self._touched_at > TOUCH_SECONDS:
             self._touched_at = time.monotonic()
-            await in_database(touch, self._door.devbox_id, "tunnel")
+            await note_use(self._door.devbox_id)
 
 
 _quiet = logging.getLogger("tunnels.wire")
