@@ -36,6 +36,7 @@ class WebTicketAdmin(ModelAdmin):  # type: ignore[misc]
 
     list_display = ("id", "devbox", "user", "expires_at")
     list_select_related = ("devbox", "user")
+    search_fields = ("devbox__id", "user__username")
     ordering = ("-id",)
     exclude = ("ticket_sha256",)
 
