@@ -114,7 +114,7 @@ def running(state: State) -> dict[str, Any] | None:
     return facts if facts and facts.get("ready") else None
 
 
-def lines_to_paste(url: str, key: str, ssh: str) -> dict[str, str]:
+def lines_to_paste(state: State, url: str, key: str, ssh: str) -> dict[str, str]:
     """For each client, lines that work as they stand in a shell. `ssh`: address:port of the plain SSH listener."""
     python = f"""\
 python3.11 -m venv ~/berth-sdk && ~/berth-sdk/bin/pip install --quiet runloop_api_client
@@ -146,7 +146,7 @@ box=$(curl -s {url}/v1/devboxes/create_and_await_running -H 'Authorization: Bear
       -H 'Content-Type: application/json' -d '{{"name": "mine"}}' | grep -om1 'dbx_[0-9a-z]*' | head -1)
 (umask 077; curl -s -X POST {url}/v1/devboxes/$box/create_ssh_key -H 'Authorization: Bearer {key}' \\
       | python3 -c 'import json, sys; print(json.load(sys.stdin)["ssh_private_key"], end="")' > ~/$box.pem)
-ssh -i ~/$box.pem -p {port} $box@{host.strip("[]")}
+ssh -i ~/$box.pem -o UserKnownHostsFile={state.known_hosts_file} -p {port} $box@{host.strip("[]")}
 """
     return {"Python": python, "TypeScript, with Node.js 18 or newer": typescript, "curl": curl, "SSH": shell}
 
@@ -155,7 +155,7 @@ def show(state: State, facts: Mapping[str, Any], output: str | None) -> None:
     """Print the output of the first devbox, the address, where the key is, and lines that work when pasted."""
     url = facts["base_url"]
     key = state.api_key_file.read_text().strip()
-    lines = "\n".join(f"# {name}\n{text}" for name, text in lines_to_paste(url, key, facts["ssh"]).items())
+    lines = "\n".join(f"# {name}\n{text}" for name, text in lines_to_paste(state, url, key, facts["ssh"]).items())
     text = f"""
 {output or ""}
 API       {url}          docs: {url}/docs/

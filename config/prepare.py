@@ -38,11 +38,12 @@ def say(text: str) -> None:
 
 
 def database(options: argparse.Namespace) -> dict[str, Any]:
-    """Migrations, the bucket, the account with its key, and the operator."""
+    """Migrations, the bucket, the account with its key, the operator, and the key that the SSH service shows."""
     from django.core.management import call_command
     from django.db import connection, transaction
     from django.db.migrations.executor import MigrationExecutor
 
+    from ssh_access.services import host_key
     from storage import objects
 
     executor = MigrationExecutor(connection)
@@ -52,7 +53,8 @@ def database(options: argparse.Namespace) -> dict[str, Any]:
         call_command("migrate", interactive=False, verbosity=0)
     objects.ensure_bucket()
     with transaction.atomic():
-        return _account(options.key_sha256) | _operator(options.admin_known)
+        facts = _account(options.key_sha256) | _operator(options.admin_known)
+    return facts | {"ssh_host_key": host_key()[1]}
 
 
 def _account(key_sha256: str | None) -> dict[str, Any]:

@@ -105,6 +105,10 @@ class State:
         return self.path / "admin"
 
     @property
+    def known_hosts_file(self) -> Path:
+        return self.path / "ssh_known_hosts"
+
+    @property
     def supervisor_file(self) -> Path:
         return self.run / "supervisor.json"
 

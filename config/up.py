@@ -106,6 +106,7 @@ class Installation:
         servers.finish(self.state, prepared)
         facts = self.prepare("database", *self._known_secrets(), within=120.0)
         self._store_secrets(facts)
+        self._store_host_key(facts.pop("ssh_host_key"))
         self.supervisor.start(self.role_services())
         self._hosts_may_run = True
         facts |= self.prepare("host", *self._host_arguments(), within=600.0)
@@ -184,6 +185,12 @@ class Installation:
         if password := facts.pop("admin_password", None):
             text = f"{self.base_url}/admin/\nuser: {facts['admin_user']}\npassword: {password}\n"
             self.state.write_private(self.state.admin_file, text)
+
+    def _store_host_key(self, key: str) -> None:
+        """What an SSH client believes without a question: this file as its UserKnownHostsFile."""
+        host, _, port = self.env["BERTH_SSH_BIND"].rpartition(":")
+        names = f"[{host.strip('[]')}]:{port},*.ssh.{self.env['BERTH_DOMAIN']}"
+        self.state._write(self.state.known_hosts_file, f"{names} {key}\n", 0o644)
 
     # -- stop ----------------------------------------------------------------------------------------------------------
 

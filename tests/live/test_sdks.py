@@ -34,7 +34,7 @@ def test_the_lines_that_make_up_prints_work_as_they_stand(berth, python_sdk, typ
     """In a shell, but for the lines that install the client: it is here already."""
     if shutil.which(name) is None and name == "curl":
         pytest.skip("no curl on this machine")
-    lines = first.lines_to_paste(berth.base_url, berth.owner.secret, berth.env["BERTH_SSH_BIND"])
+    lines = first.lines_to_paste(berth.state, berth.base_url, berth.owner.secret, berth.env["BERTH_SSH_BIND"])
     text = next(text for title, text in lines.items() if title.startswith(name))
     if name != "curl":
         text = text.split("\n", 1)[1].replace("~/berth-sdk/bin/python", str(python_sdk(PYTHON_VERSIONS[0])))

@@ -19,6 +19,7 @@ import httpx
 import pexpect
 import pytest
 
+from config import first
 from config.state import free_port
 
 pytestmark = pytest.mark.live
@@ -368,6 +369,16 @@ def test_its_host_key_stays_and_it_says_that_it_stops(berth, plain: Login) -> No
     assert plain.out("echo back") == "back\n"
 
 
+def test_the_lines_that_make_up_prints_need_no_question(berth, tmp_path: Path) -> None:
+    lines = first.lines_to_paste(berth.state, berth.base_url, berth.owner.secret, berth.env["BERTH_SSH_BIND"])["SSH"]
+    env = {**PATH, "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", lines], input=b"uname -n\n", env=env, capture_output=True, timeout=WITHIN)
+    assert done.returncode == 0, done
+    name = done.stdout.decode().strip()
+    assert (tmp_path / f"{name.replace('-', '_')}.pem").stat().st_mode & 0o077 == 0
+    berth.owner.shutdown(name.replace("-", "_"))
+
+
 def test_nonsense_and_silence_do_not_hold_it_up(berth, plain: Login) -> None:
     held = []
     try:
@@ -379,6 +390,10 @@ def test_nonsense_and_silence_do_not_hold_it_up(berth, plain: Login) -> None:
                 with contextlib.suppress(OSError):
                     sock.sendall(said)
         assert plain.out("echo fine") == "fine\n"
+        for sock in held:  # who does not log in is sent away
+            with contextlib.suppress(ConnectionResetError):
+                while sock.recv(4096):
+                    pass
     finally:
         for sock in held:
             sock.close()
@@ -396,6 +411,43 @@ def test_a_client_that_reads_nothing_costs_no_memory(berth, plain: Login) -> Non
         time.sleep(2)
         assert resident() < before + 8192
         assert plain.out("echo others") == "others\n"
+
+
+def test_an_account_has_as_many_open_as_it_may(berth, tmp_path: Path) -> None:
+    box = berth.stranger.create(name="capped")
+    cap = "UPDATE accounts_account SET max_open_streams = %s WHERE id = %s RETURNING id"
+    login = login_to(berth, box, tmp_path, key=berth.stranger)
+    try:
+        berth.rows(cap, 1, berth.stranger.account_id)
+        with login.started("echo ready; sleep 1000") as process:
+            assert process.stdout.readline() == b"ready\n"
+            done = login.run("true")
+            assert (done.returncode, b"1 streams open" in done.stderr) == (255, True), done
+            done = login.run(more=["-W", "localhost:22"])
+            assert b"forwarding failed" in done.stderr
+        eventually(lambda: login.run("true").returncode == 0, "its place was not given back")
+    finally:
+        berth.rows(cap, None, berth.stranger.account_id)
+        berth.stranger.shutdown(box)
+
+
+def test_a_session_ends_with_its_box_and_the_key_opens_it_again_when_it_is_resumed(berth, tmp_path: Path) -> None:
+    box = berth.owner.create(name="sleeper")
+    login = login_to(berth, box, tmp_path)
+    try:
+        with login.started("echo ready; sleep 1000") as process:
+            assert process.stdout.readline() == b"ready\n"
+            berth.owner.post(f"/v1/devboxes/{box}/suspend")
+            assert process.wait(timeout=WITHIN) == 255
+        berth.owner.wait(box, "suspended")
+        done = login.run("true")
+        assert (done.returncode, b"suspended" in done.stderr) == (255, True), done
+        berth.owner.post(f"/v1/devboxes/{box}/resume")
+        berth.owner.wait(box, "running")
+        assert login.out("echo again") == "again\n"
+    finally:
+        berth.owner.shutdown(box)
+    refused(login)
 
 
 def test_it_counts_as_use(berth, shared: str, plain: Login) -> None:
