@@ -333,6 +333,37 @@ def prove(url: str, key: str) -> int:
         expect(devboxes.execute_sync(main, command="cat /etc/machine-id").stdout, machine)
         output("pgrep -x sleep || echo none", "none\n")
 
+    def kept() -> None:
+        devboxes.write_file_contents(main, file_path="kept.txt", contents="of the first\n")
+        shot = devboxes.snapshot_disk(main, name="proof", metadata={"made-by": "proof"})
+        snapshots = devboxes.disk_snapshots
+        expect(snapshots.query_status(shot.id).status, "complete")
+        expect(
+            [one.id for one in snapshots.list(devbox_id=main, extra_query={"metadata[made-by]": "proof"})], [shot.id]
+        )
+        expect(snapshots.update(shot.id, name="renamed").name, "renamed")
+        for path, wanted in (
+            ("list_public", {"snapshots": [], "has_more": False, "total_count": 0}),
+            ("metadata/keys", {"keys": ["made-by"]}),
+            ("metadata/keys/made-by/values", {"key": "made-by", "values": ["proof"]}),
+            ("public/metadata/keys", {"keys": []}),
+            ("public/metadata/keys/made-by/values", {"key": "made-by", "values": []}),
+        ):
+            expect(client.get(f"/v1/devboxes/disk_snapshots/{path}", cast_to=object), wanted)
+        copy = devboxes.create_and_await_running(snapshot_id=shot.id)
+        expect((copy.status, copy.snapshot_id), ("running", shot.id))
+        expect(devboxes.read_file_contents(copy.id, file_path="kept.txt"), "of the first\n")
+        devboxes.shutdown(copy.id)
+        for _ in range(2):
+            snapshots.delete(shot.id)
+        expect(snapshots.query_status(shot.id).status, "deleted")
+        later = devboxes.snapshot_disk_async(main)
+        deadline = time.monotonic() + 60
+        while snapshots.query_status(later.id).status == "in_progress" and time.monotonic() < deadline:
+            time.sleep(0.1)
+        expect(snapshots.query_status(later.id).status, "complete")
+        snapshots.delete(later.id)
+
     def used() -> None:
         view: Any = client.get(f"/v1/devboxes/{main}/usage", cast_to=object)
         expect((view["id"], view["status"]), (main, "running"))
@@ -377,6 +408,7 @@ def prove(url: str, key: str) -> int:
     check("terminal: key, session, resize, close", terminal)
     check("tunnel: enable, a request through it, remove", tunnel)
     check("create_ssh_key", ssh_key)
+    check("snapshots: take, list, update, create from, delete", kept)
     check("kill", killed)
     check("send_std_in: interrupt", interrupted)
     check("executions listed; why of a command and of a devbox", listed_and_explained)
@@ -385,7 +417,7 @@ def prove(url: str, key: str) -> int:
     check(
         "unknown execution: 404", lambda: refused(404, lambda: executions.retrieve("exe_" + "0" * 26, devbox_id=main))
     )
-    check("field not built: 400", lambda: refused(400, lambda: devboxes.create(snapshot_id="snp_" + "0" * 26)))
+    check("unknown snapshot: 400", lambda: refused(400, lambda: devboxes.create(snapshot_id="snp_" + "0" * 26)))
     check("create, await_running", created)
     check("create_and_await_running, by its path", created_at_once)
     check("evictions", evictions)

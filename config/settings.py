@@ -163,12 +163,12 @@ APPS = [
     "flows",
     "hosts",
     "storage",
+    "snapshots",  # before devboxes: of two URLs that fit, the first is taken
     "devboxes",
     "executions",
     "files",
     "pty",
     "ssh_access",
-    "snapshots",
     "tunnels",
 ]
 APPS = [app for app in APPS if (PROJECT / app / "__init__.py").exists()]

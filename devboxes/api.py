@@ -7,7 +7,6 @@ In charge of: status codes and the shape of requests. Not in charge of: rules an
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any, Final
@@ -23,7 +22,7 @@ from accounts.caps import CountedStream, limits
 from api import asynchronous
 from api.asynchronous import StreamResponse, going_down, in_database, json_response
 from api.callers import Caller
-from api.errors import BadRequest, NotFound
+from api.errors import BadRequest, Conflict, NotFound
 from api.ids import new_id
 from api.pages import parse_flag, parse_page
 from api.permissions import caller_of, raw_body_of, request_id_of
@@ -31,14 +30,14 @@ from api.validation import check_metadata_key, parse_object, validated
 from api.views import AsyncElsewhere
 from api.waiting import hub, wait_over
 from devboxes import schemas, selectors, services, states
+from devboxes.queries import metadata_filters
+from hosts import registry
 
 CREATE_HOLD_SECONDS: Final = 12.0
 WAIT_DEFAULT_SECONDS: Final = 10.0
 WAIT_MAX_SECONDS: Final = 30.0
 HEARTBEAT_SECONDS: Final = 10.0
-METADATA_VALUES_MAX: Final = 100
 
-_METADATA = re.compile(r"metadata\[([^\[\]]*)\](\[in\])?")
 _STARTING = ("provisioning", "initializing")
 
 
@@ -50,22 +49,7 @@ def _filters(request: Request) -> selectors.Filters:
     status = request.query_params.get("status") or None
     if status is not None and status not in schemas.ASKABLE_STATUSES:
         raise BadRequest(f"status: {status[:40]!r} is none of {', '.join(states.STATUSES)}")
-    metadata: list[tuple[str, list[str]]] = []
-    for parameter, values in request.query_params.lists():
-        match = _METADATA.fullmatch(parameter)
-        if match is None:
-            continue
-        key, several = match.groups()
-        if not check_metadata_key(key):
-            raise BadRequest(f"{parameter[:150]}: a key is 1 to 128 characters of A-Z a-z 0-9 _ . / -")
-        wanted = [part for value in values for part in value.split(",")] if several else values[-1:]
-        wanted = [value for value in wanted if value]
-        if len(wanted) > METADATA_VALUES_MAX:
-            raise BadRequest(f"{parameter[:150]}: at most {METADATA_VALUES_MAX} values may be given")
-        if any("\0" in value for value in wanted):
-            raise BadRequest(f"{parameter[:150]}: a value contains a NUL character")
-        if wanted:
-            metadata.append((key, wanted))
+    metadata = metadata_filters(request.query_params)
     name = request.query_params.get("name") or None
     if name is not None and "\0" in name:
         raise BadRequest("name: contains a NUL character")
@@ -192,9 +176,11 @@ class Shutdown(APIView):
     )
     def post(self, request: Request, id: str) -> Response:
         caller = caller_of(request)
-        parse_flag(request.query_params, "force", default=False)
+        force = parse_flag(request.query_params, "force", default=False)
         row = selectors.access_devbox(caller, id)
         if not row.over:
+            if not force and (why := registry.why_not_shut_down(id)) is not None:
+                raise Conflict(f"devbox {id} is not shut down now: {why}; force=true does it nevertheless")
             services.request_shutdown(id, caller=caller)
         return _answer(caller, id)
 

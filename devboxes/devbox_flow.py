@@ -18,6 +18,7 @@ from devboxes import clocks, launch, launch_logs, logs, states, suspending
 from devboxes.flow_rows import MIB, DevboxRow, entering, fail, host_is_lost, host_lost, transition
 from devboxes.launch_logs import LAUNCH_HOLD_MS, LAUNCH_LOOK_SECONDS
 from devboxes.models import Devbox
+from devboxes.origins import origins
 from flows.engine import Flow, Settled
 from flows.outcomes import DatabaseNow, Done, Next, Outcome, Superseded, Wait
 from hosts import placement, registry
@@ -25,6 +26,9 @@ from hosts.client import HostRefused, HostUnreachable, StaleFence
 
 PIDS = 4096
 PLACE_AGAIN_SECONDS = 1.0
+ORIGIN_AGAIN_SECONDS = 0.3
+ORIGIN_TRIES = 4
+DISK_LEFT_MIN = 64 * MIB
 LAUNCH_SLICE = timedelta(seconds=3)
 SILENCE_LOOK_SECONDS = 5.0
 BEFORE_DESTROY = timedelta(seconds=60)
@@ -112,6 +116,9 @@ class DevboxFlow(Flow[DevboxRow]):
             if error.code == "no_space":
                 why = f"its host has no space left: {error.message}"
                 return fail("out_of_disk", why, "host_refused", step=row.step, code=error.code)
+            if error.code == "storage" and row.attempts >= ORIGIN_TRIES:
+                why = f"S3 does not give its snapshot: {error.message}"
+                return fail("health_check_failed", why, "snapshot_failed", snapshot_id=row.snapshot_id)
             if error.code == "lost" and row.step == states.LAUNCH:
                 return None  # with its box, most likely; why is told in a moment
             if error.code in ("unknown_image", "unknown_box", "lost", "bad_request", "unknown_verb"):
@@ -126,14 +133,30 @@ class DevboxFlow(Flow[DevboxRow]):
     # The steps.
 
     def place(self, row: DevboxRow) -> Outcome:
-        """Promise it room on a host; wait while all are full."""
-        hosts = placement.choose(*row.size, row.architecture, limit=1)
+        """Promise it room on a host; wait while all are full. One that is made of a kept disk waits for that first, and
+        goes where it is, if there is room."""
+        learnt: dict[str, object] = {}
+        image, prefer = None, list[str]()
+        if row.snapshot_id is not None:
+            origin = origins().look(row.snapshot_id)
+            if origin is None or origin.failed:
+                why = origin.failed if origin else f"snapshot {row.snapshot_id} is gone"
+                return fail("health_check_failed", why, "snapshot_failed", snapshot_id=row.snapshot_id)
+            if not origin.ready:
+                return Wait(ORIGIN_AGAIN_SECONDS, {"deadline_at": DatabaseNow(settings.BERTH.PLACE_FOR)})
+            size = origin.size_bytes or 0
+            if row.disk_mb * MIB - size < DISK_LEFT_MIN:
+                why = f"snapshot {row.snapshot_id} has {size} bytes, too many for its disk of {row.disk_mb} MiB"
+                return fail("out_of_disk", why, "snapshot_failed", snapshot_id=row.snapshot_id)
+            image, prefer, learnt = origin.image_id, list(origins().holders(row.snapshot_id)), {"source_bytes": size}
+        hosts = placement.choose(*row.size, row.architecture, image, prefer=prefer, limit=1)
         if not hosts:
             return Wait(PLACE_AGAIN_SECONDS)
         host_id, image = hosts[0]
         return Next(
             states.PREPARE_DISK,
             {
+                **learnt,
                 "host_id": host_id,
                 "image_id": image,
                 "reserved": True,
@@ -145,7 +168,12 @@ class DevboxFlow(Flow[DevboxRow]):
 
     def prepare_disk(self, row: DevboxRow) -> Outcome:
         """Have its disk made; or a warm box claimed for it, which is up and only wants its limits."""
-        reply = row.host.prepare_disk(box=row.id, fence=row.fence, image=row.image_id, disk_bytes=row.disk_mb * MIB)
+        if row.snapshot_id is not None and not origins().fetch(row.snapshot_id, row.host.host_id):
+            # Its host bounds how long that may take, and says so.
+            return Wait(ORIGIN_AGAIN_SECONDS, {"deadline_at": DatabaseNow(states.seconds_for(row.step) or 0)})
+        reply = row.host.prepare_disk(
+            box=row.id, fence=row.fence, image=row.image_id, disk_bytes=row.disk_bytes, snapshot=row.snapshot_id
+        )
         learnt: dict[str, object] = {"slot": reply["slot"], "disk_at": DatabaseNow()}
         return self.boot(row, learnt) if reply["warm"] else Next(states.BOOT, learnt)
 
@@ -157,7 +185,7 @@ class DevboxFlow(Flow[DevboxRow]):
             cpu_millis=row.cpu_millis,
             memory_bytes=row.memory_mb * MIB,
             pids=PIDS,
-            disk_bytes=row.disk_mb * MIB,
+            disk_bytes=row.disk_bytes,
             hostname=row.id.replace("_", "-"),
         )
         learnt = {"slot": reply["slot"], "address": reply["address"], "seen": "up", "seen_at": DatabaseNow()}

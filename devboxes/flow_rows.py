@@ -29,6 +29,8 @@ class DevboxRow(Row):
     host_id: str | None
     reserved: bool
     image_id: str
+    snapshot_id: str | None
+    source_bytes: int
     architecture: str
     cpu_millis: int
     memory_mb: int
@@ -57,6 +59,11 @@ class DevboxRow(Row):
     def size(self) -> tuple[int, int, int]:
         """Its size: CPU in thousandths, memory and disk in MiB."""
         return self.cpu_millis, self.memory_mb, self.disk_mb
+
+    @property
+    def disk_bytes(self) -> int:
+        """What its disk may grow by: what it was made with counts."""
+        return self.disk_mb * MIB - self.source_bytes
 
     @property
     def host(self) -> HostClient:

@@ -49,6 +49,17 @@ printf '%s ALL=(ALL) NOPASSWD:ALL\n' "$name" > "/etc/sudoers.d/90-$name"
 chmod 0440 -- "/etc/sudoers.d/90-$name"
 """
 
+# Two machines must not have the same host keys, nor a copy of the machine id beside the one that hosts give.
+_RENEW = r"""
+if compgen -G '/etc/ssh/ssh_host_*' > /dev/null; then
+  rm -f /etc/ssh/ssh_host_*
+  ssh-keygen -A
+fi
+if [ -f /var/lib/dbus/machine-id ] && [ ! -L /var/lib/dbus/machine-id ]; then
+  ln -sf /etc/machine-id /var/lib/dbus/machine-id
+fi
+"""
+
 _WRITE_FILE = r"""
 target=$1 owner=$2
 umask 022
@@ -122,11 +133,17 @@ def needs_user(user_name: str, user_uid: int) -> bool:
 
 
 def count(
-    *, user_name: str, user_uid: int, mounts: Sequence[Any], launch_commands: Sequence[str], entrypoint: str
+    *,
+    user_name: str,
+    user_uid: int,
+    mounts: Sequence[Any],
+    launch_commands: Sequence[str],
+    entrypoint: str,
+    is_copy: bool = False,
 ) -> int:
-    """How many pieces of work `plan` will make of this."""
+    """How many pieces of work `plan` will make of this. `is_copy`: its disk is made of another devbox's."""
     mount_work = sum(2 if mount.get("install_command") else 1 for mount in mounts)
-    return needs_user(user_name, user_uid) + mount_work + len(launch_commands) + bool(entrypoint)
+    return is_copy + needs_user(user_name, user_uid) + mount_work + len(launch_commands) + bool(entrypoint)
 
 
 def _absolute(path: str, home: str) -> str:
@@ -160,14 +177,19 @@ def user_of(name: str, uid: int, home: str) -> User:
 
 def count_again(devbox_id: str) -> int:
     """How many pieces of work `plan` will make for a devbox that is started again."""
-    started_at, user_name, user_uid, mounts_sealed, launch_commands, entrypoint = Devbox.objects.values_list(
-        "started_at", "user_name", "user_uid", "mounts_sealed", "launch_commands", "entrypoint"
+    started_at, user_name, user_uid, mounts_sealed, launch_commands, entrypoint, origin = Devbox.objects.values_list(
+        "started_at", "user_name", "user_uid", "mounts_sealed", "launch_commands", "entrypoint", "snapshot_id"
     ).get(pk=devbox_id)
     if started_at is not None:
         return len(launch_commands) + bool(entrypoint)
     mounts = unseal(mounts_sealed) if mounts_sealed else []
     return count(
-        user_name=user_name, user_uid=user_uid, mounts=mounts, launch_commands=launch_commands, entrypoint=entrypoint
+        user_name=user_name,
+        user_uid=user_uid,
+        mounts=mounts,
+        launch_commands=launch_commands,
+        entrypoint=entrypoint,
+        is_copy=origin is not None,
     )
 
 
@@ -208,16 +230,16 @@ def suspend_work(devbox_id: str) -> SuspendWork:
 
 
 def plan(devbox_id: str) -> list[Work]:
-    """All launch work of a devbox, in order: user, mounts, launch commands, entrypoint; the last two only when it has
-    been running before, for the others are on its disk. One SELECT.
+    """All launch work of a devbox, in order: host keys of a copy, user, mounts, launch commands, entrypoint; the last
+    two only when it has been running before, for the others are on its disk. One SELECT.
 
     Raises accounts.sealing.SealBroken when its secrets cannot be opened any more.
     """
     row = Devbox.objects.values_list(
         "user_name", "user_uid", "user_home", "environment_sealed", "mounts_sealed", "launch_commands", "entrypoint",
-        "starts", "started_at"
+        "starts", "started_at", "snapshot_id"
     ).get(pk=devbox_id)  # fmt: skip
-    name, uid, home, environment_sealed, mounts_sealed, launch_commands, entrypoint, starts, started_at = row
+    name, uid, home, environment_sealed, mounts_sealed, launch_commands, entrypoint, starts, started_at, origin = row
     env = command_environment(
         user_name=name,
         user_home=home,
@@ -233,6 +255,8 @@ def plan(devbox_id: str) -> list[Work]:
     def add(title: str, body: SpawnBody, *, secrets: Sequence[str] = ()) -> None:
         found.append(Work(work_id(devbox_id, len(found), starts), title, body, secrets=secrets))
 
+    if is_new and origin is not None:
+        add("renew host keys", _script(_RENEW, user=ROOT, env=bare))
     if is_new and needs_user(name, uid):
         add(f"make user {name}", _script(_MAKE_USER, name, str(uid), home, user=ROOT, env=bare))
     for mount in mounts:

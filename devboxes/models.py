@@ -41,6 +41,10 @@ class Devbox(Durable):
     address = models.TextField(blank=True, default="")
     machine_id = models.TextField(blank=True, db_default="", default="", help_text="What its /etc/machine-id says.")
     image_id = models.TextField(blank=True, default="")
+    snapshot_id = models.TextField(null=True, blank=True, help_text="What its disk was made of, if not of the image.")
+    source_bytes = models.BigIntegerField(
+        default=0, db_default=0, help_text="What its disk was made with beyond the image: counted as used."
+    )
     architecture = models.TextField(default="x86_64")
     cpu_millis = models.IntegerField()
     memory_mb = models.IntegerField()
@@ -100,6 +104,7 @@ class Devbox(Durable):
                 name="devboxes_devbox_live",
             ),
             GinIndex(fields=["metadata"], opclasses=["jsonb_path_ops"], name="devboxes_devbox_metadata"),
+            models.Index(fields=["snapshot_id"], condition=Q(snapshot_id__isnull=False), name="devboxes_devbox_origin"),
         ]
         constraints = [
             models.CheckConstraint(condition=Q(step__in=list(states.STATUS)), name="devboxes_devbox_step"),

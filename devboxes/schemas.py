@@ -406,7 +406,12 @@ class DevboxCreateParameters(StrictSerializer):
     blueprint_name = not_yet(_TEXT, "Blueprints are")
     repo_connection_id = not_yet(_TEXT, "Repository connections are")
     launch_parameters = LaunchParameters(required=False, allow_null=True)
-    snapshot_id = not_yet(_TEXT, "Snapshots are")
+    snapshot_id = TextField(
+        required=False,
+        allow_null=True,
+        allow_blank=True,
+        help_text="Of what to make its disk; gives size and user, too.",
+    )
     metadata = MetadataField(required=False, allow_null=True)
     code_mounts = serializers.ListField(child=CodeMountParameters(), required=False, allow_null=True)
     mounts = serializers.ListField(child=MountField(), required=False, allow_null=True)

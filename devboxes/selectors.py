@@ -29,7 +29,7 @@ _OWN_COLUMNS = f"""
 d.id, d.account_id, d.status, d.name, d.metadata::text, d.launch_parameters::text, {_MS.format("d.created_at")},
 {_MS.format("d.ended_at")}, d.initiator_type, d.initiator_id, d.failure_reason, d.shutdown_reason, d.why,
 {_MS.format("d.last_activity_at")}, d.last_activity_kind, {_MS.format("d.end_at")}, d.idle_seconds, d.on_idle,
-d.keep_alive_seconds,
+d.keep_alive_seconds, d.snapshot_id,
 (SELECT coalesce(json_agg(json_strip_nulls(json_build_object(
     'status', t.status, 'transition_time_ms', {_MS.format("t.at")}, 'failure_reason', t.failure_reason
  )) ORDER BY t.id), '[]')::text FROM devboxes_devboxtransition t WHERE t.devbox_id = d.id)
@@ -66,6 +66,7 @@ class DevboxRow:
     idle_seconds: int | None
     on_idle: str
     keep_alive_seconds: int
+    snapshot_id: str | None
     transitions: str
     extensions: str
 
@@ -96,7 +97,7 @@ def view(row: DevboxRow) -> dict[str, Any]:
         "initiator_type": row.initiator_type,
         "initiator_id": row.initiator_id or None,
         "blueprint_id": None,
-        "snapshot_id": None,
+        "snapshot_id": row.snapshot_id,
         "metadata": orjson.Fragment(row.metadata),
         "failure_reason": row.failure_reason,
         "shutdown_reason": row.shutdown_reason,

@@ -19,9 +19,10 @@ from api.errors import BadRequest, TooManyRequests, Unavailable
 from api.idempotency import body_digest, idempotent
 from api.ids import new_id
 from devboxes import clocks, extensions, launch, schemas, selectors, sizes, states
-from devboxes.devbox_flow import devbox_flow
-from devboxes.flow_rows import entering, transition
+from devboxes.devbox_flow import DISK_LEFT_MIN, devbox_flow
+from devboxes.flow_rows import MIB, entering, transition
 from devboxes.models import Devbox
+from devboxes.origins import origins
 from flows.outcomes import DatabaseNow
 from flows.statements import RELAXED
 from hosts import placement
@@ -30,6 +31,7 @@ from hosts.models import Host, HostState
 CREATE = "POST /v1/devboxes"
 CREATE_AND_WAIT = "POST /v1/devboxes/create_and_await_running"
 TOUCH_SECONDS = 10.0
+SIZE_FIELDS = ("resource_size_request", "custom_cpu_cores", "custom_gb_memory", "custom_disk_size")
 CAP_MARGIN = 64
 """So near to its cap an account's creations are made one after the other, so that the cap is exact."""
 
@@ -67,7 +69,15 @@ def create_devbox(
 
 def _columns(caller: Caller, parameters: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in (parameters.get("launch_parameters") or {}).items() if value is not None}
+    origin = origins().access(caller, parameters["snapshot_id"]) if parameters.get("snapshot_id") else None
+    if origin is not None:
+        given = _inherited(origin.launch_parameters, given)
     size = sizes.size_of(given)
+    if origin is not None and size.disk_mb * MIB - (origin.size_bytes or 0) < DISK_LEFT_MIN:
+        raise BadRequest(
+            f"launch_parameters.resource_size_request: snapshot {origin.id} has {origin.size_bytes} bytes, "
+            f"too many for a disk of {size.disk_mb} MiB"
+        )
     keep_alive = given.get("keep_alive_time_seconds") or schemas.KEEP_ALIVE_DEFAULT
     idle = clocks.idle_of(given)
     user = given.get("user_parameters") or {"username": launch.DEFAULT_USER, "uid": launch.DEFAULT_UID}
@@ -106,10 +116,22 @@ def _columns(caller: Caller, parameters: Mapping[str, Any]) -> dict[str, Any]:
             mounts=mounts,
             launch_commands=commands,
             entrypoint=entrypoint,
+            is_copy=origin is not None,
         ),
+        "snapshot_id": origin.id if origin is not None else None,
+        "source_bytes": 0,
         "initiator_type": "api",
         "initiator_id": caller.key_id or caller.member_id or "",
     }
+
+
+def _inherited(of_origin: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The launch parameters given, and for what is not given those of the devbox that the disk is from: its size (as a
+    whole), user, architecture and keep-alive time. What it ran is not run again for being on its disk."""
+    names = ["user_parameters", "architecture", "keep_alive_time_seconds"]
+    if not any(name in given for name in SIZE_FIELDS):
+        names += SIZE_FIELDS
+    return {**{name: of_origin[name] for name in names if of_origin.get(name) is not None}, **given}
 
 
 def _check_room(columns: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from devboxes import launch, launch_logs, logs, states
-from devboxes.flow_rows import MIB, DevboxRow, fail, host_is_lost, host_lost
+from devboxes.flow_rows import DevboxRow, fail, host_is_lost, host_lost
 from devboxes.launch_logs import LAUNCH_HOLD_MS, LAUNCH_LOOK_SECONDS
 from flows.outcomes import DatabaseNow, Next, Outcome, Wait
 from hostd.messages import StateReply
@@ -140,7 +140,7 @@ def take_disk(row: DevboxRow) -> Outcome:
         box=row.id,
         fence=row.fence,
         image=row.image_id,
-        disk_bytes=row.disk_mb * MIB,
+        disk_bytes=row.disk_bytes,
         machine_id=row.machine_id or None,
     )
     return Next(states.BOOT, {"slot": slot, "disk_at": DatabaseNow()})

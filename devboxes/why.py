@@ -43,6 +43,7 @@ CAUSES: Final = (
     "no_room",
     "step_timeout",
     "sealed",
+    "snapshot_failed",
 )
 
 

@@ -42,7 +42,10 @@ from hostd.framing import ProtocolError as ProtocolError
 from hostd.framing import frame as frame
 from hostd.framing import parse_object as parse_object
 from hostd.snapshot_messages import VERBS as SNAPSHOT_VERBS
-from hostd.snapshot_messages import ReportedSnapshot
+from hostd.snapshot_messages import ReceiveReply as ReceiveReply
+from hostd.snapshot_messages import ReportedSnapshot as ReportedSnapshot
+from hostd.snapshot_messages import SendReply as SendReply
+from hostd.snapshot_messages import SnapshotReply as SnapshotReply
 
 PROTOCOL: Final = 1
 

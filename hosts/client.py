@@ -41,6 +41,7 @@ from hosts.errors import HostError, HostRefused, HostUnreachable, StaleFence
 from hosts.files import FileRead, FileWrite, path64
 from hosts.links import Link, link_for
 from hosts.running import Running
+from hosts.snapshots import SnapshotVerbs
 from hosts.streams import ASK_SECONDS, AsyncFollowing, Following, Watching, begin
 from hosts.terminals import Attached
 
@@ -134,7 +135,7 @@ def outputs(reply: StateReply | messages.ExitEvent | Mapping[str, Any]) -> tuple
     return base64.b64decode(out), base64.b64decode(err)
 
 
-class HostClient:
+class HostClient(SnapshotVerbs):
     """Asks one host from threads. Cheap to make, safe to share; the connections behind it are pooled per process."""
 
     def __init__(self, host_id: str, link: Link | None = None) -> None:
@@ -209,11 +210,13 @@ class HostClient:
         """Everything on the host that is ours, executions included."""
         return cast(ReportReply, self._ask("report"))
 
-    def prepare_disk(self, *, box: str, fence: int, image: str, disk_bytes: int) -> PrepareDiskReply:
-        """Clone the image, or claim a warm box that fits. HostRefused: no_space, no_slot, unknown_image."""
-        return cast(
-            PrepareDiskReply, self._ask("prepare_disk", box=box, fence=fence, image=image, disk_bytes=disk_bytes)
-        )
+    def prepare_disk(
+        self, *, box: str, fence: int, image: str, disk_bytes: int, snapshot: str | None = None
+    ) -> PrepareDiskReply:
+        """Clone the snapshot; or the image, or claim a warm box that fits. HostRefused: no_space, no_slot,
+        unknown_image, unknown_id."""
+        fields: dict[str, Any] = {"box": box, "fence": fence, "image": image, "disk_bytes": disk_bytes}
+        return cast(PrepareDiskReply, self._ask("prepare_disk", **fields, snapshot=snapshot))
 
     def boot(
         self, *, box: str, fence: int, cpu_millis: int, memory_bytes: int, pids: int, disk_bytes: int, hostname: str

@@ -12,6 +12,7 @@ A reservation holds when, on that one row,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from django.db import connection
@@ -78,7 +79,7 @@ _CHOOSE = f"""
      WHERE {_ROOM} AND {_HOLDS}
        AND (%(architecture)s::text IS NULL OR architecture = %(architecture)s)
        AND (%(image)s::text IS NULL OR image_id = %(image)s)
-     ORDER BY greatest(
+     ORDER BY id = ANY(%(prefer)s) DESC, greatest(
                (used_cpu_millis + %(cpu)s) / nullif(cpu_millis * coalesce(overcommit_cpu, %(over_cpu)s), 0),
                (used_memory_mb + %(memory)s) / nullif(memory_mb * coalesce(overcommit_memory, %(over_memory)s), 0),
                (used_disk_mb + %(disk)s) / nullif(disk_mb * coalesce(overcommit_disk, %(over_disk)s), 0)
@@ -96,8 +97,8 @@ _FITS_ANY = f"""
 
 
 def _params(
-    cpu_millis: int, memory_mb: int, disk_mb: int, **more: str | int | None
-) -> dict[str, str | int | float | None]:
+    cpu_millis: int, memory_mb: int, disk_mb: int, **more: str | int | list[str] | None
+) -> dict[str, str | int | float | list[str] | None]:
     rules = policy()
     return {
         "cpu": cpu_millis,
@@ -148,12 +149,17 @@ def choose(
     architecture: str | None = None,
     image: str | None = None,
     *,
+    prefer: Sequence[str] = (),
     limit: int = 8,
 ) -> list[tuple[str, str]]:
-    """Hosts with room now, each with its image, best first, at most `limit`. Only `reserve` makes it a promise."""
+    """Hosts with room now, each with its image, those of `prefer` and then the best first, at most `limit`. Only
+    `reserve` makes it a promise."""
     with connection.cursor() as cursor:
         cursor.execute(
-            _CHOOSE, _params(cpu_millis, memory_mb, disk_mb, architecture=architecture, image=image, limit=limit)
+            _CHOOSE,
+            _params(
+                cpu_millis, memory_mb, disk_mb, architecture=architecture, image=image, limit=limit, prefer=list(prefer)
+            ),
         )
         return list(cursor.fetchall())
 

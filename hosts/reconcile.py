@@ -140,6 +140,18 @@ def apply(client: HostClient, corrections: Corrections) -> None:
                 client.kill(box=box, id=id, fence=over[id], signal=9)
 
 
+def drop_superfluous(client: HostClient, report: ReportReply) -> None:
+    """Have the host delete what it keeps of disks that nobody wants any more. Raises HostUnreachable."""
+    kept = report.get("snapshots", [])
+    for prefix, kind in registry.kinds().items():
+        for id, fence in kind.superfluous(
+            client.host_id, [one for one in kept if one["snapshot"].partition("_")[0] == prefix]
+        ):
+            log.warning("host %s: it is to delete its copy of %s, which nobody wants any more", client.host_id, id)
+            with _refusals_noted():
+                client.delete_snapshot(snapshot=id, fence=fence)
+
+
 def _over(strays: Sequence[tuple[str, str]]) -> dict[str, int]:
     """Those of the commands that are over, with a fence that is newer than any of their rows'."""
     over: dict[str, int] = {}

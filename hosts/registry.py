@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from hostd.messages import ReportedSnapshot
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExitEvent:
@@ -113,6 +115,14 @@ def _none_over(ids: Sequence[str]) -> Mapping[str, int]:
     return {}
 
 
+def _nothing_against(devbox_id: str) -> str | None:
+    return None
+
+
+def _none_superfluous(host_id: str, kept: Sequence[ReportedSnapshot]) -> Sequence[tuple[str, int]]:
+    return ()
+
+
 def _nobody_waits(host_id: str) -> None:
     return None
 
@@ -154,6 +164,10 @@ class HostedKind:
     """(devbox id): True when nothing of the devbox on its host is needed any more."""
     after_destroy: Callable[[str, str], None] = _ignore
     """(devbox id, reason): the box is gone; close what still hangs on it."""
+    why_not_shut_down: Callable[[str], str | None] = _nothing_against
+    """(devbox id): why its user should not shut it down just now; None: nothing is against it."""
+    superfluous: Callable[[str, Sequence[ReportedSnapshot]], Sequence[tuple[str, int]]] = _none_superfluous
+    """(host id, the kept disks of this prefix that it reports): those it is to delete, each with a fence."""
     before_suspend: Callable[[str], bool] = _ready
     """(devbox id): end what runs in it; True when nothing but its disk is needed any more."""
     doing: Callable[[str], str | None] = _nothing_done
@@ -192,6 +206,11 @@ def heard(host_id: str) -> None:
 def before_destroy(devbox_id: str) -> bool:
     """True when every registered kind is done with the devbox's box on its host."""
     return all(kind.before_destroy(devbox_id) for kind in _kinds.values())
+
+
+def why_not_shut_down(devbox_id: str) -> str | None:
+    """Why the devbox's user should not shut it down just now, from the first registered kind that has a reason."""
+    return next((why for kind in _kinds.values() if (why := kind.why_not_shut_down(devbox_id))), None)
 
 
 def before_suspend(devbox_id: str) -> bool:

@@ -253,6 +253,7 @@ class HostWatch:
         self._odd = corrections.seen
         if self.holds():
             reconcile.apply(self.client, corrections)
+            reconcile.drop_superfluous(self.client, report)
 
     def _note_seen(self) -> None:
         if time.monotonic() - self._seen_noted >= SEEN_EVERY:

@@ -31,13 +31,15 @@ from hosts.client import Activity, IndexResult, ReadResult
 from hosts.delivery import deliver
 from hosts.errors import HostRefused, HostUnreachable, StaleFence
 from tests.fake_boxes import Box, Execution, Failure, verb
+from tests.fake_snapshots import FakeSnapshots
 from tests.fake_streams import FakeChanges, FakeFollowing, FakeWatching
 
 
-class FakeHost:
+class FakeHost(FakeSnapshots):
     """See the module's docstring. Thread-safe; no method sleeps."""
 
     def __init__(self, host_id: str, *, image: str = "base", slots: int = 1000) -> None:
+        super().__init__()
         self.host_id = host_id
         self.image = image
         self.slots = slots
@@ -224,12 +226,17 @@ class FakeHost:
                 for box in self.asleep.keys() - self.boxes.keys()
             ],
             "warm": [],
+            "snapshots": self.reported_snapshots(),
             "at_ms": _now_ms(),
         }
 
     @verb
-    def prepare_disk(self, *, box: str, fence: int, image: str, disk_bytes: int) -> dict[str, Any]:
+    def prepare_disk(
+        self, *, box: str, fence: int, image: str, disk_bytes: int, snapshot: str | None = None
+    ) -> dict[str, Any]:
         self._fence(box, fence)
+        if snapshot is not None and snapshot not in self.snapshots:
+            raise HostRefused("unknown_id", f"no snapshot {snapshot}", host_id=self.host_id)
         if image != self.image:
             raise HostRefused("unknown_image", f"no image {image}", host_id=self.host_id)
         found = self.boxes.get(box)

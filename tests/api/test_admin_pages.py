@@ -19,6 +19,7 @@ from devboxes.models import Devbox
 from flows.models import Durable
 from hosts.client import use_fake
 from hosts.models import Host, WatcherReplica
+from snapshots import holders
 from tests.conftest import Party
 from tests.devbox_world import make_host, row, work
 from tests.house.tree import ROOMS
@@ -55,7 +56,9 @@ def world(alice: Party, operator: Client) -> Any:
     )
     assert alice.post(f"/v1/devboxes/{devbox_id}/create_pty_tunnel").status_code == 200
     assert alice.post(f"/v1/devboxes/{devbox_id}/enable_tunnel", {}).status_code == 200
+    snapshot = alice.post(f"/v1/devboxes/{devbox_id}/snapshot_disk_async").json()["id"]
     with connection.cursor() as cursor:
+        holders.note(cursor, snapshot, fake.host_id)
         cursor.execute("INSERT INTO hosts_watcherreplica (id, until) VALUES ('one', now())")
     Group.objects.create(name="readers")
     ticket = operator.post(reverse("web_terminal_ticket", args=[devbox_id]))
