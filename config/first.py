@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import sys
 import urllib.error
 import urllib.request
@@ -37,6 +38,19 @@ def greets(address: str) -> None:
             connection.settimeout(2)
             if not connection.recv(4).startswith(b"SSH-"):
                 raise NotReady("no SSH greeting")
+    except OSError as error:
+        raise NotReady(str(error)) from None
+
+
+def shakes_hands(address: str) -> None:
+    """Raise NotReady until a server speaks TLS there. Whose certificate it shows is its clients' business."""
+    host, _, port = address.rpartition(":")
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=2) as plain:
+            context.wrap_socket(plain).close()
     except OSError as error:
         raise NotReady(str(error)) from None
 
@@ -156,9 +170,11 @@ def show(state: State, facts: Mapping[str, Any], output: str | None) -> None:
     url = facts["base_url"]
     key = state.api_key_file.read_text().strip()
     lines = "\n".join(f"# {name}\n{text}" for name, text in lines_to_paste(state, url, key, facts["ssh"]).items())
+    served = f"https://{facts['tls']}   for api.{facts['domain']} and *.tunnel.{facts['domain']}"
     text = f"""
 {output or ""}
 API       {url}          docs: {url}/docs/
+TLS       {served if facts["tls"] else "off"}
 Key       {key}          (kept in {state.api_key_file})
 Admin     {url}/admin/   (user and password in {state.admin_file})
 SSH       {facts["ssh"]}, for devbox_id@; {facts["ssh_tls"]} with TLS, for the url of create_ssh_key

@@ -20,7 +20,8 @@ import sys
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -50,7 +51,10 @@ from config.supervisor import (
 )
 
 #: The ports of what listens, when they are free and none was asked for; only a habit, others are found otherwise.
-_USUAL_PORTS = {"BERTH_BIND": 8420, "BERTH_SSH_BIND": 8422, "BERTH_SSH_TLS_BIND": 8423}
+_USUAL_PORTS = {"BERTH_BIND": 8420, "BERTH_TLS_BIND": 8421, "BERTH_SSH_BIND": 8422, "BERTH_SSH_TLS_BIND": 8423}
+
+#: Instead of the address in BERTH_TLS_BIND: the API and tunnels are served without TLS only.
+OFF = "off"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Installation:
         self.roles_user: Owner | None = None
         self.roles_view: View | None = None
         self._hosts_may_run = False
-        self._port: socket.socket | None = None
+        self._ports: list[socket.socket] = []
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -94,7 +98,8 @@ class Installation:
         self.roles_view = view_for(user)
         self.roles_user = user if self.roles_view is not None else None
         self.env = settings(self.state, self.given)
-        self._port = reserve(self.env["BERTH_BIND"], self.roles_user)
+        for bind in filter(None, (self.env["BERTH_BIND"], self.tls_bind)):
+            self._ports.append(reserve(bind, self.roles_user))
         certificates.ensure(self.state.path / "tls", self.env["BERTH_DOMAIN"], self.roles_user)
         prepared = servers.plan(self.state, self.given)
         self.env |= prepared.env
@@ -111,6 +116,7 @@ class Installation:
         self._hosts_may_run = True
         facts |= self.prepare("host", *self._host_arguments(), within=600.0)
         self.say(f"{'host':<12} ready   {facts['host_id']}")
+        facts |= {"tls": self.tls_bind, "domain": self.env["BERTH_DOMAIN"]}
         facts |= {"ssh": self.env["BERTH_SSH_BIND"], "ssh_tls": self.env["BERTH_SSH_TLS_BIND"]}
         self.supervisor.announce(base_url=self.base_url, ready=True, state=str(self.state.path), **facts)
         return facts
@@ -118,6 +124,12 @@ class Installation:
     @property
     def base_url(self) -> str:
         return f"http://{self.env['BERTH_BIND']}"
+
+    @property
+    def tls_bind(self) -> str | None:
+        """Where the API and tunnels are served with TLS; None: nowhere."""
+        bind = self.env["BERTH_TLS_BIND"]
+        return None if bind == OFF else bind
 
     def role_env(self) -> dict[str, str]:
         """What every role's process gets: its settings come from the file, plus what the person gave on the command
@@ -137,7 +149,7 @@ class Installation:
         env = self.role_env()
         ready = {"web": lambda: first.answers(self.base_url), "ssh": lambda: first.greets(self.env["BERTH_SSH_BIND"])}
         where = {"web": self.base_url, "ssh": self.env["BERTH_SSH_BIND"]}
-        return [
+        services = [
             Service(
                 name,
                 [sys.executable, *argv[1:]],
@@ -152,6 +164,18 @@ class Installation:
             )
             for name, argv in roles.ROLES.items()
         ]
+        return [*services, *self._web_with_tls(services[0])]
+
+    def _web_with_tls(self, web: Service) -> list[Service]:
+        address = self.tls_bind
+        if address is None:
+            return []
+        folder = self.state.path / "tls"
+        certificate = self.given.get("BERTH_TLS_CERTIFICATE", str(folder / "server.pem"))
+        key = self.given.get("BERTH_TLS_KEY", str(folder / "server.key"))
+        env = {**web.env, **roles.tls_settings(address, certificate, key)}
+        ready = partial(first.shakes_hands, address)
+        return [replace(web, name="web_tls", env=env, ready=ready, where=f"https://{address}")]
 
     def prepare(self, verb: str, *arguments: str, within: float, needs_services: bool = True) -> dict[str, Any]:
         """Run a step that needs Django, as root, since it reads the keys; prints its facts as one JSON line at its
@@ -197,7 +221,7 @@ class Installation:
     def stop(self) -> None:
         """End this machine's devboxes, then everything that runs, in the reverse order.  Data stays."""
         if self._hosts_may_run:
-            self.supervisor.stop(["web", "ssh", "beat"])
+            self.supervisor.stop(["web", "web_tls", "ssh", "beat"])
             try:
                 ended = self.prepare("end_devboxes", within=90.0, needs_services=False)["ended"]
                 self.say(f"devboxes     {ended} ended" if ended != 1 else "devboxes     1 ended")
@@ -209,8 +233,8 @@ class Installation:
             except StepFailed as failure:
                 self.say(f"host         {failure}")
         self.supervisor.stop()
-        if self._port is not None:
-            self._port.close()
+        for port in self._ports:
+            port.close()
 
 
 def host_root(state: State) -> Path:
@@ -269,6 +293,8 @@ def settings(state: State, given: Mapping[str, str]) -> dict[str, str]:
 def _address(name: str, usual: int, given: Mapping[str, str], recorded: Mapping[str, str], taken: set[int]) -> str:
     """Where a role listens: as given, else as before if that is still free, else on another port; added to `taken`."""
     bind = given.get(name)
+    if name == "BERTH_TLS_BIND" and OFF in (bind, recorded.get(name) if not bind else None):
+        return OFF
     if bind:
         host, _, port = bind.rpartition(":")
         if not port.isdigit() or not host:

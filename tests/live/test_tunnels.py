@@ -6,6 +6,8 @@ import hashlib
 import http.client
 import json
 import pathlib
+import socket
+import ssl
 import time
 from typing import Any
 
@@ -99,9 +101,25 @@ def test_events_and_websockets_flow(berth, shared) -> None:
             assert client.recv(timeout=20) == message
 
 
-def _reached(port: int) -> Any:
-    import socket
+@pytest.mark.parametrize("http2", [False, True])
+def test_the_tls_listener_serves_tunnels_and_the_api(berth, shared, http2: bool) -> None:
+    tunnel, domain = tunnel_of(berth.owner, shared), berth.env["BERTH_DOMAIN"]
+    trusted = ssl.create_default_context(cafile=berth.state.path / "tls" / "ca.pem")
 
+    def https(name: str, path: str, **headers: str) -> httpx.Response:
+        with httpx.Client(verify=trusted, http1=not http2, http2=http2, timeout=30) as client:
+            asked = f"https://{berth.env['BERTH_TLS_BIND']}{path}"
+            return client.get(asked, headers={"host": name, **headers}, extensions={"sni_hostname": name})
+
+    answer = https(f"8000-{tunnel['tunnel_key']}.tunnel.{domain}", "/over-tls")
+    assert (answer.status_code, answer.json()["path"]) == (200, "/over-tls")
+    assert answer.http_version == ("HTTP/2" if http2 else "HTTP/1.1")
+    assert ["x-forwarded-proto", "https"] in [[name.lower(), value] for name, value in answer.json()["headers"]]
+    api = https(f"api.{domain}", f"/v1/devboxes/{shared}", authorization=f"Bearer {berth.owner.secret}")
+    assert (api.status_code, api.json()["id"]) == (200, shared)
+
+
+def _reached(port: int) -> Any:
     return socket.create_connection(("127.0.0.1", port), timeout=20)
 
 
