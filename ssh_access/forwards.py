@@ -41,6 +41,9 @@ class Forward(Channelled, asyncssh.SSHTCPSession[bytes]):
             self.hold_place(access.caller.account_id, cap)
             self._dialled = async_client_for(context.host_id or "").dial(box=context.devbox_id, port=port)
             await self._dialled.connect()
+            if self.is_over:
+                await self._dialled.aclose()
+                raise HostUnreachable(context.host_id or "", "its client has gone")
         except BaseException as error:
             self.is_over = True
             await self.held.aclose()

@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX: Final = 2000
 LOGGING_IN_MAX: Final = 200
-"""Connections of nobody yet."""
+"""Connections of nobody yet. One more costs that address the oldest of its own which has most of them, so that whoever
+only connects keeps nobody out."""
 OF_DEVBOX_MAX: Final = 100
 """Connections to one devbox."""
 CHANNELS_MAX: Final = 64
@@ -59,6 +60,7 @@ class Doorman(asyncssh.SSHServer):
         self._service, self._over_tls = service, over_tls
         self._conn: Any = None
         self.access: Access | None = None
+        self.address = ""
         self._blob = b""
         self._tries = 0
         self.is_in = False
@@ -69,12 +71,16 @@ class Doorman(asyncssh.SSHServer):
     def connection_made(self, conn: Any) -> None:
         """Somebody has come."""
         self._conn = conn
+        self.address = str((conn.get_extra_info("peername") or ("",))[0])
         if not self._service.admit(self):
             conn.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """And has gone."""
+        """And has gone. Of a forwarded connection that is still being dialled only we know."""
         self._service.leave(self)
+        for channel in self._open:
+            if not channel.is_over:
+                channel.connection_lost(exc)
 
     # --- logging in
 
@@ -217,7 +223,7 @@ class Service:
 
     def __init__(self) -> None:
         self.stopping = False
-        self._all: set[Doorman] = set()
+        self._all: dict[Doorman, None] = {}  # the oldest first
         self._of_devbox: Counter[str] = Counter()
         self._listeners: list[Any] = []
 
@@ -301,10 +307,15 @@ class Service:
 
     def admit(self, doorman: Doorman) -> bool:
         """Whether there is room for one more."""
-        nobody = sum(not known.is_in for known in self._all)
-        if self.stopping or len(self._all) >= CONNECTIONS_MAX or nobody >= LOGGING_IN_MAX:
+        if self.stopping or len(self._all) >= CONNECTIONS_MAX:
             return False
-        self._all.add(doorman)
+        nobodies = [known for known in self._all if not known.is_in]
+        if len(nobodies) >= LOGGING_IN_MAX:
+            greediest = Counter(known.address for known in nobodies).most_common(1)[0][0]
+            oldest = next(known for known in nobodies if known.address == greediest)
+            self.leave(oldest)
+            oldest.abort()
+        self._all[doorman] = None
         return True
 
     def welcome(self, doorman: Doorman) -> bool:
@@ -318,7 +329,7 @@ class Service:
 
     def leave(self, doorman: Doorman) -> None:
         """It has gone."""
-        self._all.discard(doorman)
+        self._all.pop(doorman, None)
         if doorman.is_in and doorman.access is not None:
             doorman.is_in = False
             self._of_devbox[doorman.access.devbox_id] -= 1

@@ -31,6 +31,8 @@ SHELL: Final = ["/bin/bash", "-l"]
 SUBSYSTEMS: Final = {"sftp": ["/usr/lib/openssh/sftp-server"]}
 CELLS_MAX: Final = 1000
 TOUCH_SECONDS: Final = 5.0
+ASKED_MAX: Final = 100
+"""Signals on their way to one program; more are dropped."""
 ENVIRONMENT_MAX: Final = 64
 ENVIRONMENT_BYTES: Final = 4096
 
@@ -40,8 +42,11 @@ class _Environment(dict[bytes, bytes]):
 
     def __setitem__(self, name: bytes, value: bytes) -> None:
         wanted = name in (b"LANG", b"COLORTERM") or name.startswith(b"LC_")
-        if wanted and len(self) < ENVIRONMENT_MAX and len(name) + len(value) <= ENVIRONMENT_BYTES and 0 not in value:
-            super().__setitem__(name, value)
+        if not wanted or len(self) >= ENVIRONMENT_MAX or len(name) + len(value) > ENVIRONMENT_BYTES:
+            return
+        with contextlib.suppress(UnicodeDecodeError):
+            if (name + value).decode().isprintable():
+                super().__setitem__(name, value)
 
 
 class BoxSession(Channelled, asyncssh.SSHServerSession[bytes]):
@@ -54,6 +59,7 @@ class BoxSession(Channelled, asyncssh.SSHServerSession[bytes]):
         self._what: dict[str, Any] = {}
         self._running: Running | None = None
         self._touched = 0.0
+        self._resizing = False
 
     # --- called by asyncssh
 
@@ -94,13 +100,22 @@ class BoxSession(Channelled, asyncssh.SSHServerSession[bytes]):
         if self._terminal is None:
             return
         self._terminal = (self._terminal[0], *_cells(width, height))
-        if self._running is not None:
-            self.begin(self._quietly(self._running.resize(*self._terminal[1:])))
+        if self._running is not None and not self._resizing:
+            self._resizing = True
+            self.begin(self._resize(self._running))
+
+    async def _resize(self, running: Running) -> None:
+        """To the last size that was told: a client may tell them faster than they are taken."""
+        told: Any = None
+        while told != self._terminal:
+            told = self._terminal
+            await self._quietly(running.resize(*told[1:]))
+        self._resizing = False
 
     def signal_received(self, signal: str) -> None:
         """A signal by its name."""
         found = getattr(signals.Signals, f"SIG{signal}", None)
-        if found is not None and 1 <= found <= 31 and self._running is not None:
+        if found is not None and 1 <= found <= 31 and self._running is not None and self._may_ask():
             self.begin(self._quietly(self._running.send_signal(int(found))))
 
     def break_received(self, msec: int) -> bool:
@@ -110,9 +125,13 @@ class BoxSession(Channelled, asyncssh.SSHServerSession[bytes]):
 
     def _listens_no_more(self, packet: Any) -> bool:
         """OpenSSH says so when whatever reads its own output has gone: `ssh … yes | head`."""
-        if self._running is not None:
+        if self._running is not None and self._may_ask():
             self.begin(self._quietly(self._running.stop_output()))
         return True
+
+    def _may_ask(self) -> bool:
+        """Does the program's host take what it was asked before?"""
+        return len(self._tasks) < ASKED_MAX
 
     async def _quietly(self, asking: Any) -> None:
         with contextlib.suppress(HostUnreachable):  # the output says so
