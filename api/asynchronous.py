@@ -327,6 +327,8 @@ async def _answer(response: Response | StreamResponse, request: Request | None, 
         await send({"type": "http.response.body", "body": b""})
     except ClientGone:
         pass
+    except ClientTooSlow as slow:
+        log.info("%s %s is cut off: %s", scope["method"], scope["path"], slow)
     except Exception:
         # Returning without the last body message makes the server cut the connection.
         log.exception("the source of %s %s broke half-way", scope["method"], scope["path"])
@@ -337,13 +339,23 @@ async def _answer(response: Response | StreamResponse, request: Request | None, 
                 await close()
 
 
+class ClientTooSlow(Exception):
+    """The client takes nothing of a stream: it must not hold its place for ever."""
+
+
 async def _pump(chunks: AsyncIterator[bytes], gone: asyncio.Future[None], send: Send) -> None:
-    """Send chunk after chunk, never more than one ahead of the client; ClientGone once it has left."""
+    """Send chunk after chunk, never more than one ahead of the client; ClientGone once it has left, ClientTooSlow when
+    it does not take one within SEND_IDLE seconds."""
+    patience = settings.BERTH.SEND_IDLE
 
     async def pump() -> None:
         async for chunk in chunks:
             if chunk:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                try:
+                    async with asyncio.timeout(patience):
+                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                except TimeoutError:
+                    raise ClientTooSlow(f"it took nothing for {patience:g} s") from None
                 # Once the client has gone the server's send returns at once, without ever yielding to the loop: a
                 # source that is always ready would then spin and the watcher never hear of it.
                 await asyncio.sleep(0)

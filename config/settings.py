@@ -79,6 +79,7 @@ class Berth:
     BODY_MAX: int = env.whole("BERTH_BODY_MAX", 16 * MIB)
     BODY_BUDGET: int = env.whole("BERTH_BODY_BUDGET", 256 * MIB)
     BODY_IDLE: float = env.number("BERTH_BODY_IDLE", 30.0)
+    SEND_IDLE: float = env.number("BERTH_SEND_IDLE", 120.0)
 
     # SSH into devboxes: how long a key is valid, and where `serve_ssh` listens, without TLS and with it.
     SSH_KEY_TTL: float = env.number("BERTH_SSH_KEY_TTL", 86_400.0)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Final, cast
 
 from django.utils.http import content_disposition_header
 
-from accounts.caps import CountedStream, limits
+from accounts.caps import CountedStream, limits, open_socket
 from api.asynchronous import Request, Response, StreamResponse, in_database, json_response
 from api.callers import Caller
 from api.errors import ApiError, BadRequest, NotFound, TooLarge, TooManyRequests, Unavailable
@@ -23,7 +24,7 @@ from api.validation import validated
 from devboxes import logs
 from devboxes.log_notes import notes
 from devboxes.selectors import ExecutionContext
-from devboxes.services import use_running
+from devboxes.services import TOUCH_SECONDS, touch, use_running
 from files import forms
 from files.schemas import DevboxDownloadFileParameters, DevboxReadFileParameters, DevboxWriteFileParameters
 from hostd.messages import User
@@ -136,10 +137,13 @@ async def upload_file(request: Request) -> Response:
     boundary_first = request.headers.get("content-type")
     forms.boundary_of(boundary_first)
     context = _context(request)
+    cap = (await in_database(limits, request.caller.account_id)).open_streams
+    in_use = _InUse(context)
     path, size = b"", 0
     seen: set[str] = set()
     with _told(context):
         async with contextlib.AsyncExitStack() as held:
+            held.enter_context(open_socket(request.caller.account_id, cap))
             writing: FileWrite | None = None
             named = False
             current = ""
@@ -156,6 +160,7 @@ async def upload_file(request: Request) -> Response:
                 elif writing is not None:
                     await writing.write(item)
                     size += len(item)
+                    await in_use.note()
             if not path:
                 raise BadRequest("path: this part of the form is missing or empty")
             if writing is None:
@@ -212,7 +217,7 @@ async def download_file(request: Request) -> Response | StreamResponse:
 
 async def _counted(request: Request, cap: int, file: FileRead) -> CountedStream:
     try:
-        return CountedStream(request.caller.account_id, cap, _Sent(file))
+        return CountedStream(request.caller.account_id, cap, _Sent(file, _context(request)))
     except TooManyRequests:
         await file.aclose()
         raise
@@ -223,17 +228,33 @@ async def _opened(context: ExecutionContext, path: str, offset: int, length: int
     return await _read(context, path, offset=offset, length=length).__aenter__()
 
 
+class _InUse:
+    """Says every few seconds that a devbox is in use, as long as bytes of a file move."""
+
+    def __init__(self, context: ExecutionContext) -> None:
+        self._context = context
+        self._at = time.monotonic()
+
+    async def note(self) -> None:
+        """Some moved."""
+        if time.monotonic() - self._at > TOUCH_SECONDS:
+            self._at = time.monotonic()
+            await in_database(touch, self._context.devbox_id, "file")
+
+
 class _Sent:
     """A file as the body of an answer: closed whether or not anything of it was sent."""
 
-    def __init__(self, file: FileRead) -> None:
+    def __init__(self, file: FileRead, context: ExecutionContext) -> None:
         self._file = file
+        self._in_use = _InUse(context)
         self._pieces = aiter(file)
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
 
     async def __anext__(self) -> bytes:
+        await self._in_use.note()
         return await anext(self._pieces)
 
     async def aclose(self) -> None:

@@ -289,6 +289,21 @@ def test_a_gibibyte_each_way_in_flat_memory(berth, shared) -> None:
     berth.owner.run(shared, "rm large")
 
 
+def test_uploads_and_downloads_count_as_open_streams(berth, shared) -> None:
+    written(berth.owner, shared, "counted", "x")
+    put = "UPDATE accounts_account SET max_open_streams = %s WHERE name = 'local' RETURNING 1"
+    form = [("path", (None, "counted")), ("file", ("f", b"y", "application/octet-stream"))]
+    try:
+        berth.rows(put, 0)
+        up = berth.owner.client.post(f"/v1/devboxes/{shared}/upload_file", files=form)
+        down = ask(berth.owner, shared, "download_file", {"path": "counted"})
+        assert (up.status_code, down.status_code) == (429, 429)
+    finally:
+        berth.rows(put, None)
+    assert ask(berth.owner, shared, "download_file", {"path": "counted"}).content == b"x", "nothing was written"
+    assert berth.owner.client.post(f"/v1/devboxes/{shared}/upload_file", files=form).status_code == 200
+
+
 def test_a_reader_that_leaves_and_one_that_is_slow(berth, shared) -> None:
     berth.owner.run(shared, "head -c 300000000 /dev/zero > zeros")
     path = f"/v1/devboxes/{shared}/download_file"

@@ -120,6 +120,21 @@ def test_underscored_headers_do_not_pass_for_dashed_ones(served, key):
         assert raw.recv(4096).startswith(b"HTTP/1.1 200")
 
 
+def test_a_reader_that_never_reads_is_given_up(redis_server, key, tmp_path):
+    served = start_granian(tmp_path, redis_server.url, BERTH_SEND_IDLE="1")
+    try:
+        with socket.create_connection(("127.0.0.1", served.port)) as client:
+            authorization = key.headers["authorization"]
+            client.sendall(f"GET /v1/t/endless HTTP/1.1\r\nhost: x\r\nauthorization: {authorization}\r\n\r\n".encode())
+            served.seen("closed", 1, within=30)
+        with httpx.stream("GET", f"{served.url}/v1/t/endless?slow=1", headers=key.headers) as answer:
+            began, pieces = time.monotonic(), answer.iter_raw()
+            while time.monotonic() - began < 2.5:
+                assert next(pieces), "who reads, however slowly, is served on"
+    finally:
+        served.stop()
+
+
 def test_streams_hear_that_the_server_stops(redis_server, key, tmp_path):
     served = start_granian(tmp_path, redis_server.url)
     try:
