@@ -1,4 +1,5 @@
-"""Celery tasks of snapshots: `snapshots.advance`, on the queue `snapshots`, and the end of uploads nobody is at."""
+"""Celery tasks of snapshots: `snapshots.advance`, on the queue `snapshots`, the end of uploads nobody is at, and room
+on hosts."""
 
 from __future__ import annotations
 
@@ -9,13 +10,16 @@ from celery import shared_task
 
 from flows.engine import register
 from flows.tasks import advance_task
-from snapshots import storing
+from snapshots import room, storing
 from snapshots.snapshot_flow import snapshot_flow
 from storage import objects
 
 log = logging.getLogger(__name__)
 
-BEAT: Final[dict[str, Any]] = {"snapshots-abandon-uploads": {"task": "snapshots.abandon_uploads", "schedule": 1800.0}}
+BEAT: Final[dict[str, Any]] = {
+    "snapshots-abandon-uploads": {"task": "snapshots.abandon_uploads", "schedule": 1800.0},
+    "snapshots-make-room": {"task": "snapshots.make_room", "schedule": 30.0},
+}
 
 advance = advance_task(register(snapshot_flow))
 
@@ -32,3 +36,9 @@ def abandon_uploads() -> int:
     if found:
         log.info("%d unfinished uploads of snapshots were thrown away", found)
     return found
+
+
+@shared_task(name="snapshots.make_room", ignore_result=True)
+def make_room() -> int:
+    """Drop copies of snapshots on hosts whose pool fills up. Two runs at once drop the same."""
+    return room.make_room()

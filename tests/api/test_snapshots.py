@@ -10,6 +10,7 @@ from api.ids import new_id
 from hosts import reconcile
 from hosts.client import use_fake
 from hosts.models import Host
+from snapshots import room
 from snapshots.models import DiskSnapshot, DiskSnapshotHost
 from tests import devbox_world
 from tests.conftest import Party
@@ -294,3 +295,19 @@ def test_hosts_delete_what_nobody_wants(alice: Party, devbox_id: str, fake: Fake
     reconcile.drop_superfluous(fake, fake.report())  # type: ignore[arg-type]
     assert set(fake.snapshots) == {kept}
     assert [held.snapshot_id for held in DiskSnapshotHost.objects.all()] == [kept]
+
+
+def test_copies_make_room_and_come_back(alice: Party, devbox_id: str, fake: FakeHost) -> None:
+    first, second = taken(alice, devbox_id), taken(alice, devbox_id)
+    assert room.make_room() == 0 and set(fake.snapshots) == {first, second}
+    Host.objects.filter(pk=fake.host_id).update(pool_free_mb=1024, disk_mb=1024 * 1024)
+    waiting = alice.post("/v1/devboxes", {"snapshot_id": second}).json()["id"]  # not placed yet: it is kept for that
+    assert room.make_room() == 1 and set(fake.snapshots) == {second}
+    alice.post(f"/v1/devboxes/{waiting}/shutdown")
+    assert room.make_room() == 1 and not fake.snapshots
+    Host.objects.filter(pk=fake.host_id).update(pool_free_mb=1024 * 1024)
+    copy = alice.post("/v1/devboxes", {"snapshot_id": first}).json()["id"]
+    work()
+    assert devbox_world.row(copy).status == "running" and set(fake.snapshots) == {first}
+    deleted, received = fake.called("delete_snapshot")[0], fake.called("receive_snapshot")[-1]
+    assert deleted["snapshot"] == received["snapshot"] == first and deleted["fence"] < received["fence"]

@@ -8,7 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tests.bench import commands, creating, podman, reaching, sleeping, ssh_access, streaming, tunnelling, waiting
+from tests.bench import (
+    commands,
+    creating,
+    keeping,
+    podman,
+    reaching,
+    sleeping,
+    ssh_access,
+    streaming,
+    tunnelling,
+    waiting,
+)
 from tests.bench.figures import Figure
 from tests.bench.installation import Target
 
@@ -26,6 +37,7 @@ MEASURES: dict[str, Measure] = {
     "podman_run": Measure(podman.podman_run, 110),
     "warm_create_to_result": Measure(creating.warm_create_to_result, 90),
     "suspend_resume": Measure(sleeping.suspend_resume, 120),
+    "snapshots": Measure(keeping.snapshots, 150),
     "execute_true": Measure(commands.execute_true, 90),
     "short_commands": Measure(commands.short_commands, 150),
     "get_devbox_rps": Measure(commands.get_devbox_rps, 60),

@@ -243,6 +243,47 @@ def test_a_prefix_is_deleted_and_nothing_else(s3):
         objects.delete_prefix("")
 
 
+def test_hosts_put_parts_and_get_ranges_by_urls_alone(s3):
+    part, last = os.urandom(5 * MIB), b"the end"
+    upload = objects.begin_upload("by-urls")
+    urls = objects.part_urls("by-urls", upload, (1, 2))
+    etags = [_put(urls[1], part), _put(urls[2], last)]
+    objects.complete_upload("by-urls", upload, etags, len(part) + len(last))
+    url = objects.object_url("by-urls")
+    ranged = urllib.request.Request(url, headers={"Range": f"bytes={len(part) - 2}-{len(part) + 3}"})
+    with urllib.request.urlopen(ranged, timeout=10) as answer:
+        assert answer.status == 206 and answer.read() == part[-2:] + last[:4]
+    for stranger in (url.replace("by-urls", "there"), url.replace("Signature=", "Signature=0")):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(stranger, timeout=10)
+    expired = objects.object_url("by-urls", seconds=1)
+    time.sleep(2)
+    with pytest.raises(urllib.error.HTTPError) as late:
+        urllib.request.urlopen(expired, timeout=10)
+    assert late.value.code == 403 and b"expired" in late.value.read()
+
+
+def _put(url, data):
+    request = urllib.request.Request(url, data=data, method="PUT")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.headers["ETag"]
+
+
+def test_what_a_server_refuses_is_told_by_its_kind(s3, settings):
+    right = dict(settings.S3)
+    for wrong, kind in (({"bucket": "nowhere"}, "missing"), ({"secret_access_key": "guessed"}, "denied")):
+        settings.S3 = {**right, **wrong}
+        with pytest.raises(objects.StorageError) as refused:
+            objects.begin_upload("x")
+        assert refused.value.kind == kind
+    settings.S3 = {**right, "endpoint_for_hosts": "http://s3.for.hosts:9"}
+    assert objects.object_url("x").startswith("http://s3.for.hosts:9/")
+    settings.S3 = {**right, "endpoint_url": "http://127.0.0.1:1"}
+    with pytest.raises(objects.StorageError) as away:
+        objects.begin_upload("x")
+    assert away.value.kind == "unreachable"
+
+
 def test_a_server_that_is_away_or_frozen_is_an_error_in_time(s3, monkeypatch):
     monkeypatch.setattr(objects, "READ_TIMEOUT_SECONDS", 1.0)
     monkeypatch.setattr(objects, "TRIES", 1)
