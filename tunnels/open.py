@@ -1,6 +1,7 @@
-"""What is open through tunnels in this process, so that what outlives its tunnel is cut.
+"""What is open through tunnels in this process, so that what outlives its tunnel is cut, or would hold up a restart.
 
-In charge of looking every few seconds whether the tunnels that something is open through are still there.
+In charge of looking every few seconds whether the tunnels that something is open through are still there, and whether
+this process is to end.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Final
 
-from api.errors import NotFound
+from api.errors import ApiError, NotFound, Unavailable
+from api.stopping import going_down
 from tunnels.doors import doors
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS: Final = 2.0
+LEFT_SECONDS: Final = 5.0
+"""What is open when this process is told to end has so long to come to its own end."""
 
 
 class _Open:
@@ -24,7 +28,7 @@ class _Open:
 
     def __init__(self) -> None:
         self.tasks: dict[tuple[str, str], set[asyncio.Task[object]]] = {}
-        self.cut: set[asyncio.Task[object]] = set()
+        self.cut: dict[asyncio.Task[object], ApiError] = {}
         self._looker: asyncio.Task[None] | None = None
 
     def look(self) -> None:
@@ -34,7 +38,14 @@ class _Open:
 
     async def _look(self) -> None:
         while self.tasks:
-            await asyncio.sleep(LOOK_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await going_down.wait()
+            if going_down.is_set():
+                await asyncio.sleep(LEFT_SECONDS)
+                for tasks in list(self.tasks.values()):
+                    self._cut(tasks, Unavailable("this server is being restarted; ask again"))
+                return
             for (tunnel_id, key), tasks in list(self.tasks.items()):
                 try:
                     door = await doors.find(key)
@@ -42,9 +53,12 @@ class _Open:
                     log.warning("whether tunnels are still there could not be read: %s", error)
                     break
                 if door is None or door.tunnel_id != tunnel_id:
-                    for task in list(tasks):
-                        self.cut.add(task)
-                        task.cancel()
+                    self._cut(tasks, NotFound("the tunnel was removed"))
+
+    def _cut(self, tasks: set[asyncio.Task[object]], why: ApiError) -> None:
+        for task in list(tasks):
+            self.cut[task] = why
+            task.cancel()
 
 
 _open = _Open()
@@ -52,7 +66,8 @@ _open = _Open()
 
 @contextlib.asynccontextmanager
 async def opened(tunnel_id: str, key: str) -> AsyncIterator[None]:
-    """While inside, the running task is cancelled when the tunnel goes. Raises NotFound then."""
+    """While inside, the running task is cancelled when the tunnel or this process goes. Raises NotFound, Unavailable
+    then."""
     task = asyncio.current_task()
     assert task is not None
     tasks = _open.tasks.setdefault((tunnel_id, key), set())
@@ -61,12 +76,12 @@ async def opened(tunnel_id: str, key: str) -> AsyncIterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        if task in _open.cut:
+        if (why := _open.cut.get(task)) is not None:
             task.uncancel()
-            raise NotFound("the tunnel was removed") from None
+            raise why from None
         raise
     finally:
-        _open.cut.discard(task)
+        _open.cut.pop(task, None)
         tasks.discard(task)
         if not tasks:
             _open.tasks.pop((tunnel_id, key), None)

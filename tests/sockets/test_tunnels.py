@@ -24,7 +24,7 @@ from websockets.typing import Subprotocol
 
 from api.ids import new_id
 from tests.conftest import Party
-from tests.sockets.conftest import Granian
+from tests.sockets.conftest import Granian, start_granian
 from tests.sockets.tunnels import saying, serving, tell
 from tunnels import services
 
@@ -568,6 +568,48 @@ def test_large_transfers_pass_in_flat_memory(devbox: Devbox) -> None:
         conn.close()
     assert (told["length"], told["sha256"]) == (size, wanted)
     assert largest - before < 64 << 20, f"{(largest - before) >> 20} MiB more"
+
+
+def test_a_client_that_does_not_read_holds_the_server_back(devbox: Devbox) -> None:
+    poured = [0]
+
+    async def pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            writer.write(bytes(1 << 16))
+            await writer.drain()
+            poured[0] += 1 << 16
+
+    with serving(pour) as port, socket.create_connection(("127.0.0.1", devbox.served.port)) as slow:
+        slow.sendall(b"GET / HTTP/1.1\r\nHost: " + devbox.host(port).encode() + b"\r\n\r\n")
+        slow.recv(1000)
+        deadline, before = time.monotonic() + 30, -1
+        while poured[0] != before:
+            assert time.monotonic() < deadline and poured[0] < 256 << 20, "it is not held back"
+            before = poured[0]
+            time.sleep(1.0)
+    # Once it has left, the server is left too.
+    with serving(tell) as port:
+        assert devbox.ask(port).status_code == 200
+
+
+def test_a_stop_does_not_wait_for_what_never_ends(
+    key: Party, redis_server: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    served = start_granian(tmp_path_factory.mktemp("stopped"), redis_server.url)
+    try:
+        devbox = Devbox(served, key.account_id)
+        with serving(saying(b"HTTP/1.1 200 OK\r\n\r\nbegun", keep=True)) as port:
+            with httpx.stream("GET", served.url, headers={"host": devbox.host(port)}, timeout=60) as answer:
+                pieces = answer.iter_raw()
+                assert next(pieces) == b"begun"
+                served.process.terminate()
+                with pytest.raises(httpx.TransportError):
+                    next(pieces)
+        assert served.process.wait(30) is not None
+    finally:
+        served.stop()
 
 
 def _tree(pid: int) -> list[int]:
