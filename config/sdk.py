@@ -18,6 +18,7 @@ from config.supervisor import StepFailed
 FOLDER = CHECKOUT / "build" / "sdk"
 PYTHON_VERSIONS = ("3.0.0", "1.29.0")
 TYPESCRIPT_VERSION = "1.32.0"
+WS_VERSION = "8.23.0"
 PLAYWRIGHT_VERSION = "1.65.1"
 
 
@@ -55,6 +56,11 @@ def typescript() -> Path:
 def browser_driver() -> Path:
     """A folder with ``node_modules/playwright-core``, which drives Debian's Chromium.  Raises StepFailed likewise."""
     return _from_npm(f"playwright-{PLAYWRIGHT_VERSION}", f"playwright-core@{PLAYWRIGHT_VERSION}")
+
+
+def websocket_client() -> Path:
+    """A folder with ``node_modules/ws``, by which the published command line reaches terminals.  Raises likewise."""
+    return _from_npm(f"ws-{WS_VERSION}", f"ws@{WS_VERSION}")
 
 
 def _from_npm(name: str, package: str) -> Path:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +22,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin, Subprotocol
 
+from config import sdk
 from config.state import CHECKOUT
 
 pytestmark = pytest.mark.live
@@ -163,6 +167,38 @@ def test_as_the_command_line_does_it_through_the_proxy(berth, shared) -> None:
         with pytest.raises(InvalidStatus) as refused:
             connect(origin.replace("http", "ws") + "/pty/x/attach", origin=Origin("http://evil.example"), proxy=None)
         assert refused.value.response.status_code == 403
+
+
+@pytest.fixture(scope="module")
+def node_client() -> Path:
+    """The client made of what the published command line is made of."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("no node and npm on this machine")
+    script = sdk.websocket_client() / "pty_client.mjs"
+    shutil.copy(Path(__file__).with_name("pty_client.mjs"), script)
+    return script
+
+
+def node(script: Path, given: dict[str, Any], typed: bytes | None) -> bytes:
+    """What the client printed; it must end as after an ordinary end of the shell."""
+    argv = ["node", str(script), json.dumps(given)]
+    done = subprocess.run(argv, input=typed or b"", capture_output=True, timeout=60)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    return done.stdout
+
+
+@pytest.mark.parametrize("typed", [True, False], ids=["interactive", "command"])
+def test_with_the_libraries_of_the_command_line(berth, shared, node_client: Path, typed: bool) -> None:
+    line = "stty size; echo $COLOUR; seq 1 20000 | md5sum"
+    want = hashlib.md5("".join(f"{n}\n" for n in range(1, 20_001)).encode()).hexdigest()
+    how = {} if typed else {"command": line}
+    tunnel = {"api": berth.base_url, "key": berth.owner.secret, "devbox": shared, "domain": "example.test"}
+    with proxied(berth, shared) as origin:
+        for door in (tunnel, {"origin": origin}):
+            given = {**door, **how, "session": f"node-{typed}"}
+            printed = node(node_client, given, f"{line}\nexit\n".encode() if typed else None).decode()
+            assert "31 90\r\nsea green\r\n" in printed
+            assert want in printed
 
 
 def test_a_shell_is_left_and_found_again(berth, shared) -> None:
