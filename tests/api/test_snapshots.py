@@ -311,3 +311,10 @@ def test_copies_make_room_and_come_back(alice: Party, devbox_id: str, fake: Fake
     assert devbox_world.row(copy).status == "running" and set(fake.snapshots) == {first}
     deleted, received = fake.called("delete_snapshot")[0], fake.called("receive_snapshot")[-1]
     assert deleted["snapshot"] == received["snapshot"] == first and deleted["fence"] < received["fence"]
+
+
+def test_a_cap_on_those_in_progress(alice: Party, devbox_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snapshots.services.IN_PROGRESS_MAX", 2)
+    assert [begun(alice, devbox_id).status_code for _ in range(3)] == [200, 200, 429]
+    work()
+    assert begun(alice, devbox_id).status_code == 200

@@ -82,6 +82,23 @@ def test_copies_are_the_same_here_and_on_another_host(berth: Berth, small_box: s
         assert tree(owner, copies[0]) == before
         for copy in copies:
             owner.shutdown(copy)
+    # The second is cut off while it sends one of its own: the work there goes on, and nothing is lost.
+    theirs = owner.create(launch_parameters=SIZE)
+    assert host_of(berth, theirs) == "second"
+    digest, _, _ = owner.run(theirs, LARGE)
+    sent = begun(owner, theirs)
+    wait_until(lambda: berth.rows("SELECT step FROM snapshots_disksnapshot WHERE id = %s", sent)[0][0] != "take",
+               30, "it is taken")  # fmt: skip
+    second.sshd.stop()
+    time.sleep(2)
+    second.sshd.start()
+    assert over(owner, sent, within=90)["status"] == "complete"
+    owner.post(f"/v1/devboxes/{theirs}/shutdown?force=true")
+    berth.rows("UPDATE hosts_host SET cordoned = (name = 'second') WHERE state = 'ready' RETURNING id")
+    copy = owner.create(snapshot_id=sent)
+    assert host_of(berth, copy) == "local" and owner.run(copy, "sha256sum < /home/user/large")[0] == digest
+    owner.shutdown(copy)
+    owner.post(f"{SNAPSHOTS}/{sent}/delete")
     berth.rows("UPDATE hosts_host SET cordoned = false WHERE state = 'ready' RETURNING id")
     owner.post(f"{SNAPSHOTS}/{shot['id']}/delete")
     gone = "SELECT completed_at IS NOT NULL FROM snapshots_disksnapshot WHERE id = %s"
