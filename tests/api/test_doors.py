@@ -75,7 +75,7 @@ def test_without_a_key(web: Any) -> None:
 def test_with_a_revoked_or_expired_key(web: Any, alice: Party) -> None:
     revoke_key(alice.key_id)
     refused(web, 401, "unauthorized", authorization=f"Bearer {alice.secret}")
-    past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=1)
+    past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)  # a transaction's now() is its beginning
     _, expired = create_key(alice.account_id, "old", expires_at=past)
     refused(web, 401, "unauthorized", authorization=f"Bearer {expired}")
 
