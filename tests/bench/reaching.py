@@ -6,11 +6,13 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from websockets.sync.client import ClientConnection, connect
 
+from tests.bench import terminado
 from tests.bench.creating import timed
 from tests.bench.figures import Figure, figure
 from tests.bench.installation import Target
@@ -145,26 +147,48 @@ def _until(socket: ClientConnection, wanted: bytes) -> int:
     return size
 
 
+def _echoes(type_and_see: Callable[[str], None], count: int) -> list[float]:
+    """Milliseconds of so many letters, after some for practice."""
+    took = []
+    for number in range(count + 20):
+        letter = chr(97 + number % 26)
+        took.append(timed(partial(type_and_see, letter)))
+        time.sleep(0.002)
+    return took[20:]
+
+
+def _terminado_echoes(count: int) -> list[float]:
+    with terminado.attached() as socket:
+        terminado.send(socket, "stty -icanon; echo re''ady; cat\r")
+        while "ready\r\n" not in terminado.received(socket):
+            pass
+        time.sleep(0.3)
+
+        def type_and_see(letter: str) -> None:
+            terminado.send(socket, letter)
+            while letter not in terminado.received(socket):
+                pass
+
+        return _echoes(type_and_see, count)
+
+
 def terminals(target: Target) -> Iterator[Figure]:
-    """A byte typed until it is seen, and a flood until its end."""
+    """A byte typed until it is seen, beside terminado's; and a flood until its end."""
     count, lines = (100, 200_000) if target.quick else (500, 2_000_000)
     with target.boxes(1, cores=2) as (box,):
         with _attached(target, box, "echo") as socket:
             socket.send("stty -icanon; echo re''ady; cat\n")
             _until(socket, b"ready\r\n")
             time.sleep(0.3)
-            took = []
-            for number in range(count + 20):
-                letter = b"%c" % (97 + number % 26)
 
-                def echo(letter: bytes = letter) -> None:
-                    socket.send(letter)
-                    while letter not in socket.recv(timeout=20):
-                        pass
+            def type_and_see(letter: str) -> None:
+                socket.send(letter)
+                while letter.encode() not in socket.recv(timeout=20):
+                    pass
 
-                took.append(timed(echo))
-                time.sleep(0.002)
-        yield figure("pty_echo_ms", "ms", took[20:])
+            took = _echoes(type_and_see, count)
+        baseline = statistics.median(_terminado_echoes(count))
+        yield figure("pty_echo_ms", "ms", took, baseline)
         parts = Parts(target.up)
         with _attached(target, box, "flood") as socket, Meter(parts) as meter:
             socket.send("stty -echo -onlcr; echo re''ady\n")
