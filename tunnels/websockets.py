@@ -3,8 +3,8 @@
 In charge of the handshake with the server, of messages both ways in their order, each side as fast as the other takes
 them, and of close codes. Extensions are not negotiated with the server; frames are taken apart and made anew.
 
-Close codes of ours: 1011 the server broke off or sent what is no WebSocket message; 1009 a message over MESSAGE_MAX;
-1012 this server is being restarted; any other comes from the other end.
+Close codes of ours: 1011 the server broke off or sent what is no WebSocket message, or the tunnel was removed; 1009 a
+message over MESSAGE_MAX; 1012 this server is being restarted; any other comes from the other end.
 """
 
 from __future__ import annotations
@@ -61,27 +61,24 @@ async def serve(scope: Scope, receive: Receive, send: Send, *, port: int, key: s
     message = await receive()
     if message["type"] != "websocket.connect":
         return
-    held = contextlib.AsyncExitStack()
     try:
-        try:
-            door, own = await _door(scope, port, key)
-            held.enter_context(open_socket(door.account_id, door.open_streams))
-            await held.enter_async_context(opened(door.tunnel_id, key))
-            link = await _connect(scope, door, port, key, own)
-            held.push_async_callback(link.aclose)
-        except Exception as error:
-            await held.aclose()
-            await refuse(send, to_api_error(error))
-            return
-        if isinstance(link, Refusal):
-            await link.send(send)
-        else:
-            await link.run(receive, send)
-    except ApiError as error:  # the tunnel was removed
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                door, own = await _door(scope, port, key)
+                held.enter_context(open_socket(door.account_id, door.open_streams))
+                await held.enter_async_context(opened(door.tunnel_id, key))
+                link = await _connect(scope, door, port, key, own)
+                held.push_async_callback(link.aclose)
+            except Exception as error:
+                await refuse(send, to_api_error(error))
+                return
+            if isinstance(link, Refusal):
+                await link.send(send)
+            else:
+                await link.run(receive, send)
+    except ApiError as error:  # the tunnel was removed, or we are to stop
         with contextlib.suppress(Exception):
             await send({"type": "websocket.close", "code": BROKEN, "reason": error.message[:100]})
-    finally:
-        await held.aclose()
 
 
 async def _door(scope: Scope, port: int, key: str) -> tuple[Door, str | None]:

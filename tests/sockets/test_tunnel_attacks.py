@@ -10,8 +10,7 @@ import pytest
 
 from tests.conftest import Party
 from tests.sockets.conftest import Granian
-from tests.sockets.test_tunnels import DOMAIN, Devbox
-from tests.sockets.tunnels import Serve, head_of, saying, serving, tell
+from tests.sockets.tunnels import DOMAIN, Devbox, Serve, head_of, saying, serving, tell
 from tunnels.doors import GUESSES
 
 UPGRADE = (

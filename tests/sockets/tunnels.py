@@ -1,13 +1,22 @@
-"""Servers as they run in devboxes, each to show one behaviour, for tests of tunnels over real sockets."""
+"""For tests of tunnels over real sockets: servers as they run in devboxes, each to show one behaviour, and a devbox."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import httpx
+from django.db import connection
+
+from api.ids import new_id
+from tests.sockets.conftest import Granian
+from tunnels import services
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -107,3 +116,56 @@ def saying(answer: bytes, *, after: bytes = b"", keep: bool = False) -> Serve:
             await reader.read()
 
     return serve
+
+
+DOMAIN = "tunnel.example.test"
+
+
+class Devbox:
+    """A running devbox's row with a tunnel; its servers are this machine's."""
+
+    def __init__(self, served: Granian, account_id: str, **config: Any) -> None:
+        self.id, self.served = new_id("dbx"), served
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "INSERT INTO devboxes_devbox (id, account_id, name, metadata, wants, status, step, seen, reserved,"
+                " slot, address, image_id, architecture, cpu_millis, memory_mb, disk_mb, launch_parameters,"
+                " launch_commands, entrypoint, user_name, user_uid, user_home, keep_alive_seconds, launch_total,"
+                " launch_index, launch_items, why, initiator_type, initiator_id, created_at, step_since, attempts,"
+                " wakes, fence, error_code, error_detail, lease)"
+                " VALUES (%s, %s, '', '{}', 'running', 'running', 'running', '', false, '', '', '', 'x86_64', 1, 1, 1,"
+                " '{}', '[]', '', 'user', 1000, '/home/user', 3600, 0, 0, '[]', '', 'api', '', now(), now(), 0, 0, 0,"
+                " '', '', '')",
+                [self.id, account_id],
+            )
+        services.create_with_devbox(self.id, config)
+        self.view: Any = services.view_of(self.id)
+
+    def host(self, port: int) -> str:
+        return f"{port}-{self.view['tunnel_key']}.{DOMAIN}"
+
+    def ask(self, port: int, path: str = "/", method: str = "GET", **rest: Any) -> httpx.Response:
+        headers = {"host": self.host(port), **(rest.pop("headers", None) or {})}
+        http2 = rest.pop("http2", False)
+        with httpx.Client(base_url=self.served.url, http1=not http2, http2=http2, timeout=30) as client:
+            return client.request(method, path, headers=headers, **rest)
+
+    def raw(self, port: int, request: bytes) -> bytes:
+        """What exactly these bytes, which ask for the connection to be closed, are answered with; {host} in them is
+        replaced."""
+        with socket.create_connection(("127.0.0.1", self.served.port), timeout=20) as sock:
+            sock.sendall(request.replace(b"{host}", self.host(port).encode()))
+            found = b""
+            while data := sock.recv(65536):
+                found += data
+            return found
+
+    def get(self, column: str) -> Any:
+        with connection.cursor() as cursor:
+            cursor.execute(f"SELECT {column} FROM devboxes_devbox WHERE id = %s", [self.id])
+            return cursor.fetchone()[0]
+
+    def set(self, **columns: Any) -> None:
+        with connection.cursor() as cursor:
+            for name, value in columns.items():
+                cursor.execute(f"UPDATE devboxes_devbox SET {name} = %s WHERE id = %s", [value, self.id])
