@@ -133,6 +133,7 @@ class Run:
                 self._strike_all(),
                 *(self._slot(number) for number in range(self.plan.commands)),
                 *(self._churn(number) for number in range(CHURNS)),
+                self._sleeper(),
             )
         finally:
             self.striker.undo()
@@ -323,6 +324,42 @@ class Run:
                 raise
             await together(self._waited(command), *(self._followed(command, stream) for stream in STREAMS))
         command.ended = self.now
+
+    async def _sleeper(self) -> None:
+        """A devbox that sleeps and wakes over and over, with a number on its disk that has to be the last one."""
+        turn = 0
+        async with self._noted("sleeper"):
+            box = await self._create("sleeper")
+            while not self._over:
+                await self._written(box, f"echo {turn} > ~/turn && cat ~/turn", turn)
+                cut = plan.Job(f"z{turn}", 0, 5000, 60, 0.1, 2, False, "stay", 0, "poll", after=0.0)
+                staying = asyncio.create_task(self._cut_short(cut, box))
+                await asyncio.sleep(0.3)
+                for verb, status in (("suspend", "suspended"), ("resume", "running")):
+                    await self.caller.call("POST", f"/v1/devboxes/{box}/{verb}")
+                    await self._reached(box, status)
+                    if status == "suspended":
+                        await staying
+                await self._written(box, "cat ~/turn", turn)
+                turn += 1
+            await self.caller.call("POST", f"/v1/devboxes/{box}/shutdown")
+        self.say(f"the sleeper woke {turn} times")
+
+    async def _reached(self, box: str, status: str) -> None:
+        until = time.monotonic() + SETTLE_SECONDS
+        while (view := await self.caller.call("GET", f"/v1/devboxes/{box}"))["status"] != status:
+            if view["status"] in ("failure", "shutdown") or time.monotonic() > until:
+                raise GivenUp(f"devbox {box} is {view['status']} and not {status}: {view.get('why')}")
+            await asyncio.sleep(0.2)
+
+    async def _written(self, box: str, command: str, turn: int) -> None:
+        """What a command finds on the disk; a command may be lost with all that saw it, the disk never."""
+        for _ in range(3):
+            done = await self.caller.call("POST", f"/v1/devboxes/{box}/execute_sync", {"command": command}, hold=60)
+            if done["exit_status"] == 0:
+                break
+        if (done["stdout"], done["exit_status"]) != (f"{turn}\n", 0):
+            self.find(f"the disk of the sleeper has not what was written in turn {turn}: {done}")
 
     # -- afterwards ----------------------------------------------------------------------------------------------------
 
