@@ -3,8 +3,8 @@
 In charge of: putting a disk there, taking it back into a slot, its deletion. Not in charge of: ending the box
 (`boxes`), who may ask (`verbs`).
 
-`boxes-asleep/<devbox>.<slot>`: the slot is the one it had, by which its quota group is known; its number may be another
-box's by now. A disk is at one of its two places at any time, since it is moved by one rename.
+`boxes-asleep/<devbox>.<slot>.<image>`: the slot is the one it had, by which its quota group is known; its number may be
+another box's by now. A disk is at one of its two places at any time, since it is moved by one rename.
 """
 
 from __future__ import annotations
@@ -12,21 +12,31 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from dataclasses import dataclass
 
-from hostd import btrfs, disks
+from hostd import btrfs, disks, slots
 from hostd.config import HostConfig
 from hostd.messages import Refused, is_box_id
 
-_NAME = re.compile(r"([a-z]+_[0-9a-z]+)\.(s\d{1,4}-[0-9a-f]{6})")
+_NAME = re.compile(r"([a-z]+_[0-9a-z]+)\.(s\d{1,4}-[0-9a-f]{6})\.(.+)")
 
 
-def listed(cfg: HostConfig) -> dict[str, str]:
-    """Devbox -> the slot it had, of every disk that lies here."""
+@dataclass(frozen=True, slots=True)
+class Asleep:
+    """A disk that lies here, with the slot it had and the image it was made of."""
+
+    name: str
+    slot: str
+    image: str
+
+
+def listed(cfg: HostConfig) -> dict[str, Asleep]:
+    """Every disk that lies here, by its devbox."""
     try:
         found = (_NAME.fullmatch(name) for name in os.listdir(cfg.asleep_disks))
     except FileNotFoundError:  # an install of before there were any
         return {}
-    return {match[1]: match[2] for match in found if match}
+    return {match[1]: Asleep(match[0], match[2], match[3]) for match in found if match}
 
 
 def lay_down(cfg: HostConfig, slot: str, box: str) -> None:
@@ -37,8 +47,9 @@ def lay_down(cfg: HostConfig, slot: str, box: str) -> None:
     os.makedirs(cfg.asleep_disks, mode=0o700, exist_ok=True)
     # Before the move as well: the file system writes names sooner than contents.
     btrfs.sync(cfg.pool)
-    with contextlib.suppress(FileNotFoundError):  # it lies here already
-        os.rename(cfg.disk(slot), f"{cfg.asleep_disks}/{box}.{slot}")
+    record = slots.read(cfg, slot)
+    if record is not None and disks.has_disk(cfg, slot):  # else it lies here already
+        os.rename(cfg.disk(slot), f"{cfg.asleep_disks}/{box}.{slot}.{record.image}")
     btrfs.sync(cfg.pool)
 
 
@@ -51,7 +62,7 @@ def take_up(cfg: HostConfig, slot: str, box: str, disk_bytes: int) -> None:
         had = listed(cfg).get(box)
         if had is None:
             raise Refused("unknown_box", "this host does not have the disk of this devbox")
-        os.rename(f"{cfg.asleep_disks}/{box}.{had}", cfg.disk(slot))
+        os.rename(f"{cfg.asleep_disks}/{had.name}", cfg.disk(slot))
     if btrfs.quota_kind(cfg.pool) == "simple":
         group = disks.group_of(slot)
         with contextlib.suppress(FileExistsError):
@@ -66,6 +77,6 @@ def remove(cfg: HostConfig, box: str, *, keep: bool = False) -> None:
     if had is None:
         return
     if keep:
-        disks.keep(cfg, cfg.asleep_disks, f"{box}.{had}", had)
+        disks.keep(cfg, cfg.asleep_disks, had.name, had.slot)
     else:
-        disks.delete(cfg, cfg.asleep_disks, f"{box}.{had}", had)
+        disks.delete(cfg, cfg.asleep_disks, had.name, had.slot)

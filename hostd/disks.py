@@ -186,13 +186,13 @@ def make_disk(cfg: HostConfig, slot: str, image: str, disk_bytes: int, source: s
 
 def limit_disk(cfg: HostConfig, slot: str, disk_bytes: int) -> None:
     """Write another limit. Below what is held already it stops further writing only. Raises OSError."""
-    group, exclusive = _limited(cfg, slot, cfg.disk(slot))
+    group, exclusive = limited(cfg, slot, cfg.disk(slot))
     btrfs.limit_qgroup(cfg.pool, group, disk_bytes, exclusive=exclusive)
 
 
 def disk_usage(cfg: HostConfig, slot: str) -> tuple[int, int | None]:
     """(bytes held beyond the image, limit). Raises FileNotFoundError when there is no such disk."""
-    group, exclusive = _limited(cfg, slot, cfg.disk(slot))
+    group, exclusive = limited(cfg, slot, cfg.disk(slot))
     return btrfs.qgroup_usage(cfg.pool, group, exclusive=exclusive)
 
 
@@ -232,7 +232,7 @@ def drop_idle_groups(cfg: HostConfig) -> int:
     # Slots with a record count even without a disk: one may be about to get it.
     recorded = [name.removesuffix(".json") for name in os.listdir(cfg.slots)]
     in_use = set()
-    asleep = [name.rpartition(".")[2] for name in _names(cfg.asleep_disks)]
+    asleep = [name.split(".")[1] for name in _names(cfg.asleep_disks)]
     for slot in [*recorded, *os.listdir(cfg.disks), *(slot for _, slot, _ in kept(cfg)), *asleep]:
         with contextlib.suppress(ValueError):
             in_use.add(group_of(slot))
@@ -265,7 +265,7 @@ def delete(cfg: HostConfig, folder: str, name: str, slot: str) -> None:
         return
     # At its limit a group has no room for the bookkeeping of a deletion either (EDQUOT).
     with contextlib.suppress(OSError):
-        group, exclusive = _limited(cfg, slot, path)
+        group, exclusive = limited(cfg, slot, path)
         btrfs.limit_qgroup(cfg.pool, group, None, exclusive=exclusive)
     try:
         btrfs.delete_subvolume(folder, name)
@@ -282,7 +282,7 @@ def delete(cfg: HostConfig, folder: str, name: str, slot: str) -> None:
         btrfs.remove_qgroup(cfg.pool, group_of(slot))
 
 
-def _limited(cfg: HostConfig, slot: str, path: str) -> tuple[int, bool]:
+def limited(cfg: HostConfig, slot: str, path: str) -> tuple[int, bool]:
     """The quota group that carries the disk's limit, and whether the limit is on its exclusive bytes."""
     if btrfs.quota_kind(cfg.pool) == "full":
         return btrfs.subvolume_id(path), True

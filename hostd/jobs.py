@@ -171,6 +171,10 @@ def thaw(cfg: HostConfig, slot: str) -> dict[str, Any]:
     return {}
 
 
+def take_snapshot_asleep(cfg: HostConfig, box: str, snapshot: str, base_bytes: int) -> dict[str, Any]:
+    return snapshots.take_asleep(cfg, box, snapshot, base_bytes)
+
+
 def drop_snapshot(cfg: HostConfig, snapshot: str) -> dict[str, Any]:
     snapshots.drop(cfg, snapshot)
     return {}
@@ -224,6 +228,7 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
         start_zygote,
         thaw_all,
         take_snapshot,
+        take_snapshot_asleep,
         thaw,
         drop_snapshot,
         send_snapshot,

@@ -387,6 +387,7 @@ _FIELDS: Final[dict[str, dict[str, tuple[Check, bool]]]] = {
         "image": (is_image_id, True),
         "disk_bytes": (_whole(16 * 1024 * 1024, 2**50), True),
         "machine_id": (_matches(re.compile(r"[0-9a-f]{32}")), False),
+        "snapshot": (is_work_id, False),
     },
     "destroy": {"box": (is_box_id, True), "fence": (_fence, True), "keep_disk": (_flag, False)},
     "watch": {"stats_seconds": (_whole(0, 86_400), False)},

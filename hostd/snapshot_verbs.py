@@ -64,10 +64,13 @@ class Snapshots:
             work = self._going_on("take", snapshot)
             if work is None:
                 slot = self._named.get(box)
-                if slot is None:
-                    raise Refused("unknown_box", "this devbox has no disk on this host")
                 self._free(snapshot)
-                work = self._start("take", snapshot, self._take(slot.slot, snapshot, base_bytes))
+                if slot is not None:
+                    taking = self._take(slot.slot, snapshot, base_bytes)
+                else:  # it may be suspended
+                    job = {"box": box, "snapshot": snapshot, "base_bytes": base_bytes}
+                    taking = self._makers.do("take_snapshot_asleep", TAKE_SECONDS, **job)
+                work = self._start("take", snapshot, taking)
         if not await _ended(work):
             return {"state": "taking"}
         return {"state": "taken", **self._result("take", snapshot, work)}

@@ -17,7 +17,7 @@ import shutil
 import time
 from typing import Any, Final
 
-from hostd import boxes, btrfs, cgroups, disks, slots, syscalls
+from hostd import asleep, boxes, btrfs, cgroups, disks, slots, syscalls
 from hostd.config import HostConfig, write_file
 from hostd.messages import Refused, is_work_id
 
@@ -105,6 +105,26 @@ def take(cfg: HostConfig, slot: str, snapshot: str, base_bytes: int) -> dict[str
         "taken_at_ms": time.time_ns() // 1_000_000,
     }
     return keep(cfg, snapshot, known)
+
+
+def take_asleep(cfg: HostConfig, box: str, snapshot: str, base_bytes: int) -> dict[str, Any]:
+    """Copy the disk of a suspended devbox, which nothing writes to. Raises Refused: unknown_box, no_space; OSError."""
+    if (known := about(cfg, snapshot)) is not None:
+        return known
+    lying = asleep.listed(cfg).get(box)
+    if lying is None:
+        raise Refused("unknown_box", "this devbox has no disk on this host")
+    made = new_folder(cfg, snapshot)
+    with disks.space_errors(cfg):
+        try:
+            btrfs.clone(f"{cfg.asleep_disks}/{lying.name}", made, NAME, read_only=True)
+        except FileNotFoundError:  # it has just been taken up again
+            raise Refused("unknown_box", "this devbox sleeps no more") from None
+    btrfs.sync(cfg.snapshots)
+    group, exclusive = disks.limited(cfg, lying.slot, f"{made}/{NAME}")
+    held, _ = btrfs.qgroup_usage(cfg.pool, group, exclusive=exclusive)
+    known = {"image": lying.image, "size_bytes": base_bytes + held, "freeze_ms": 0.0, "flush_ms": 0.0, "frozen": False}
+    return keep(cfg, snapshot, {**known, "taken_at_ms": time.time_ns() // 1_000_000})
 
 
 def keep(cfg: HostConfig, snapshot: str, known: dict[str, Any]) -> dict[str, Any]:

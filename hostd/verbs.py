@@ -191,17 +191,27 @@ class Verbs:
             log.warning("%s was not suspended: %s", box, task.exception())
 
     async def resume(
-        self, box: str, fence: int, image: str, disk_bytes: int, machine_id: str | None = None
+        self,
+        box: str,
+        fence: int,
+        image: str,
+        disk_bytes: int,
+        machine_id: str | None = None,
+        snapshot: str | None = None,
     ) -> dict[str, Any]:
-        """Give the suspended devbox a slot again, with its disk, for `boot`; one that has it keeps it."""
+        """Give the suspended devbox a slot again, with its disk, for `boot`; one that has it keeps it. With
+        ``snapshot`` a devbox that slept on another host gets a disk made of that."""
         async with self.fences.held(box, fence):
             slot = self.named.get(box)
             if slot is None:
-                if box not in self.asleep:
+                if box not in self.asleep and snapshot is None:
                     raise Refused("unknown_box", "this host does not have the disk of this devbox")
                 slot = await self._new_slot(box, image, disk_bytes, machine_id or "")
                 self.named[box] = slot
-            await self._makers.do("resume", slot=slot.slot, box=box, disk_bytes=disk_bytes)
+            if snapshot is not None and box not in self.asleep:
+                await self._make_disk(slot, image, disk_bytes, snapshot)
+            else:
+                await self._makers.do("resume", slot=slot.slot, box=box, disk_bytes=disk_bytes)
             self.asleep.discard(box)
             return {"slot": slot.slot}
 

@@ -241,11 +241,20 @@ class HostClient(SnapshotVerbs):
         unknown_box: there is no disk of it."""
         return bool(self._ask("suspend", box=box, fence=fence)["done"])
 
-    def resume(self, *, box: str, fence: int, image: str, disk_bytes: int, machine_id: str | None = None) -> str:
-        """Give the suspended box a slot again, with its disk, to be booted; the slot. HostRefused: unknown_box when
-        there is no disk of it, no_slot."""
+    def resume(
+        self,
+        *,
+        box: str,
+        fence: int,
+        image: str,
+        disk_bytes: int,
+        machine_id: str | None = None,
+        snapshot: str | None = None,
+    ) -> str:
+        """Give the suspended box a slot again, with its disk, to be booted; the slot. `snapshot`: make the disk of
+        that if there is none. HostRefused: unknown_box when there is no disk of it, no_slot."""
         fields: dict[str, Any] = {"box": box, "fence": fence, "image": image, "disk_bytes": disk_bytes}
-        return str(self._ask("resume", machine_id=machine_id, **fields)["slot"])
+        return str(self._ask("resume", machine_id=machine_id, snapshot=snapshot, **fields)["slot"])
 
     def destroy(self, *, box: str, fence: int, keep_disk: bool = False) -> None:
         """Leave nothing of the box, whatever state it is in; unknown boxes get a tombstone."""

@@ -156,7 +156,7 @@ def _explained(run: Run, command: Command) -> None:
         case 137 if command.job.ending == "hog":
             wanted = {"out_of_memory"}
         case 137 if command.killed:
-            wanted = {"kill_requested", "devbox_ended"}
+            wanted = {"kill_requested", "devbox_ended", "devbox_suspended"}
         case _ if command.job.ending == "signal":
             wanted = {"signal"}
     if cause not in wanted:

@@ -77,7 +77,7 @@ def test_only_the_disk_stays_and_comes_back(host: LiveHost) -> None:
     entry = host.report()[box]
     assert (entry["state"], entry["fence"], entry["executions"]) == ("asleep", 3, [])
     assert not host.traces(), "processes, cgroups, network, slot, outputs: all is given back"
-    assert asleep.listed(cfg) == {box: up["slot"]}
+    assert {name: (one.slot, one.image) for name, one in asleep.listed(cfg).items()} == {box: (up["slot"], host.image)}
     # An hour's tidying takes nothing from it.
     disks.drop_kept(cfg, 0)
     disks.drop_idle_groups(cfg)
@@ -152,6 +152,33 @@ def test_a_limit_holds_after_a_resume(host: LiveHost) -> None:
     host.client.spawn(box, exe, "head -c 60000000 /dev/urandom > ~/more && sync ~/more")
     state = host.client.wait(box, exe)
     assert state["exit"] != 0 and b"quota" in outputs(state)[1]
+
+
+def test_one_that_sleeps_is_copied_and_wakes_from_the_copy_elsewhere(host: LiveHost) -> None:
+    box, copy = new_id("dbx"), new_id("snp")
+    up = host.client.create(box, host.image)
+    run(host, box, "head -c 3000000 /dev/urandom > ~/data")
+    digest = run(host, box, "sha256sum < ~/data")
+    suspend(host, box, 2)
+    taken: dict[str, Any] = {}
+    for _ in range(2):
+        until(
+            lambda: (
+                taken.update(host.client.call("snapshot", box=box, snapshot=copy, fence=1)) or taken["state"] == "taken"
+            ),
+            30,
+        )
+    assert (taken["image"], taken["freeze_ms"]) == (host.image, 0) and 3_000_000 <= taken["size_bytes"] < 9_000_000
+    host.client.destroy(box, 3)  # as if it were another host, which has never heard of it
+    again = resume(host, box, 4, machine_id=up["machine_id"], snapshot=copy)
+    assert again == resume(host, box, 4, machine_id=up["machine_id"], snapshot=copy)
+    assert again["machine_id"] == up["machine_id"] and run(host, box, "sha256sum < ~/data") == digest
+    # With its disk here the copy is not looked at.
+    run(host, box, "echo newer > ~/data")
+    suspend(host, box, 5)
+    resume(host, box, 6, snapshot=copy)
+    assert run(host, box, "cat ~/data") == b"newer\n"
+    host.client.call("delete_snapshot", snapshot=copy, fence=2)
 
 
 def test_a_disk_that_nobody_has_is_not_made_up(host: LiveHost) -> None:
