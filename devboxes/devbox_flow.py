@@ -14,7 +14,7 @@ from typing import Any
 from django.conf import settings
 
 from accounts.sealing import SealBroken
-from devboxes import clocks, launch, launch_logs, logs, states, suspending
+from devboxes import clocks, launch, launch_logs, logs, saves, states, suspending
 from devboxes.flow_rows import MIB, DevboxRow, entering, fail, host_is_lost, host_lost, transition
 from devboxes.launch_logs import LAUNCH_HOLD_MS, LAUNCH_LOOK_SECONDS
 from devboxes.models import Devbox
@@ -126,6 +126,10 @@ class DevboxFlow(Flow[DevboxRow]):
                 return fail("health_check_failed", why, "host_refused", step=row.step, code=error.code)
         if isinstance(error, SealBroken):
             return fail("execution_failed", f"what it was made with cannot be read any more: {error}", "sealed")
+        if isinstance(error, HostUnreachable) and row.step in (states.TAKE_DISK, states.BOOT):
+            elsewhere = suspending.think_again(row)
+            if elsewhere is not None:
+                return elsewhere
         if isinstance(error, HostUnreachable) and row.host_id and host_is_lost(row.host_id):
             return host_lost(row.host_id, f"its host was lost: {error.reason}")
         return None
@@ -248,6 +252,9 @@ class DevboxFlow(Flow[DevboxRow]):
             "end_at": DatabaseNow(row.keep_alive_seconds) if row.idle_seconds is None else None,
             "clock_offset": None,
         }
+        if row.save_id:
+            saves.drop(row.save_id)
+            learnt |= {"save_id": "", "stored_at": None}
         if row.launch_total:  # else it was told with the boot, a moment ago
             learnt["host_clock_at_start"] = row.host.hello()["monotonic"]
         also = launch_logs.writing(row.id, entries) if entries else None
@@ -280,6 +287,7 @@ class DevboxFlow(Flow[DevboxRow]):
             if not host_is_lost(row.host_id):
                 raise
         registry.after_destroy(row.id, reason)
+        saves.drop(row.save_id)
         return Done({"reserved": False, "seen": "gone", "seen_at": DatabaseNow()}, also=_release(row), step=end)
 
 

@@ -49,6 +49,8 @@ class DevboxRow(Row):
     wants: str
     compute_reserved: bool
     machine_id: str
+    save_id: str
+    stored_at: datetime | None
     starts: int
     idle_seconds: int | None
     on_idle: str

@@ -56,7 +56,7 @@ def on_box_exits(events: list[BoxExitEvent]) -> list[str]:
                 "seen_at": DatabaseNow(),
             },
             # Only of the box this row has up: an event from its host, about a box that was started.
-            guard=f"{_NOT_OVER} AND host_id = %s AND step = ANY(%s)",
+            guard=f"{_NOT_OVER} AND host_id = %s AND step = ANY(%s) AND (step <> 'suspended' OR stored_at IS NULL)",
             guard_params=(event.host_id, _steps_ended_by(event)),
             alongside=transition("failure", reason),
         )
@@ -65,7 +65,7 @@ def on_box_exits(events: list[BoxExitEvent]) -> list[str]:
 
 def _steps_ended_by(event: BoxExitEvent) -> list[str]:
     """The steps in which the news ends the devbox. One that is being suspended needs its disk only; that of one that
-    is, or is on its way back from there, is missed by a comparison alone."""
+    is suspended is missed by a comparison alone, and only while it is not in S3."""
     up = [states.BOOT, *states.UP]
     return [*up, states.SUSPENDED] if event.lost is not None and not event.rebooted else up
 

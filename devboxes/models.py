@@ -69,6 +69,8 @@ class Devbox(Durable):
     clock_offset = models.FloatField(
         null=True, blank=True, help_text="From its host's monotonic clock to the database's, in seconds, if compared."
     )
+    save_id = models.TextField(blank=True, db_default="", default="", help_text="The copy that follows its disk to S3.")
+    stored_at = models.DateTimeField(null=True, blank=True, help_text="When its disk was in S3, while it is suspended.")
     starts = models.IntegerField(db_default=0, default=0, help_text="How often it was started again.")
     launch_total = models.IntegerField(default=0, help_text="How many pieces of launch work it has.")
     launch_index = models.IntegerField(default=0, help_text="How many pieces of its launch work are done.")

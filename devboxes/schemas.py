@@ -546,6 +546,9 @@ class DevboxView(serializers.Serializer[Any]):
     keep_alive_end_time_ms = serializers.IntegerField(
         max_value=INT64_MAX, min_value=0, required=False, allow_null=True, help_text="When it will be shut down."
     )
+    disk_stored_time_ms = serializers.IntegerField(
+        max_value=INT64_MAX, min_value=0, required=False, allow_null=True, help_text="When its disk was in S3, too."
+    )
     next_clock = NextClockView(
         required=False, allow_null=True, help_text="Which clock fires next, and why then; null unless it runs."
     )

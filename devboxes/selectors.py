@@ -29,7 +29,7 @@ _OWN_COLUMNS = f"""
 d.id, d.account_id, d.status, d.name, d.metadata::text, d.launch_parameters::text, {_MS.format("d.created_at")},
 {_MS.format("d.ended_at")}, d.initiator_type, d.initiator_id, d.failure_reason, d.shutdown_reason, d.why,
 {_MS.format("d.last_activity_at")}, d.last_activity_kind, {_MS.format("d.end_at")}, d.idle_seconds, d.on_idle,
-d.keep_alive_seconds, d.snapshot_id,
+d.keep_alive_seconds, d.snapshot_id, {_MS.format("d.stored_at")},
 (SELECT coalesce(json_agg(json_strip_nulls(json_build_object(
     'status', t.status, 'transition_time_ms', {_MS.format("t.at")}, 'failure_reason', t.failure_reason
  )) ORDER BY t.id), '[]')::text FROM devboxes_devboxtransition t WHERE t.devbox_id = d.id)
@@ -67,6 +67,7 @@ class DevboxRow:
     on_idle: str
     keep_alive_seconds: int
     snapshot_id: str | None
+    stored_ms: int | None
     transitions: str
     extensions: str
 
@@ -112,6 +113,7 @@ def view(row: DevboxRow) -> dict[str, Any]:
         "last_activity_kind": row.last_activity_kind or None,
         "keep_alive_end_time_ms": None if row.over else row.end_ms,
         "next_clock": _next_clock(row),
+        "disk_stored_time_ms": row.stored_ms if row.status == "suspended" else None,
         **extensions.shown(row.extensions),
     }
 

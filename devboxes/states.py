@@ -65,7 +65,7 @@ STATUS: Final[dict[str, str]] = {
 MOVES: Final[dict[str, frozenset[str]]] = {
     PLACE: frozenset({PREPARE_DISK, TEARDOWN, CLEAN_UP}),
     PREPARE_DISK: frozenset({BOOT, LAUNCH, RUNNING, TEARDOWN, CLEAN_UP}),
-    BOOT: frozenset({LAUNCH, RUNNING, TEARDOWN, CLEAN_UP}),
+    BOOT: frozenset({LAUNCH, RUNNING, READMIT, TEARDOWN, CLEAN_UP}),
     LAUNCH: frozenset({RUNNING, READMIT, TEARDOWN, CLEAN_UP}),
     RUNNING: frozenset({LAST_LOOK, RUN_HOOKS, READMIT, TEARDOWN, CLEAN_UP}),
     LAST_LOOK: frozenset({RUNNING, RUN_HOOKS, READMIT, TEARDOWN, CLEAN_UP}),
@@ -74,7 +74,7 @@ MOVES: Final[dict[str, frozenset[str]]] = {
     SUSPEND: frozenset({SUSPENDED, TEARDOWN, CLEAN_UP}),
     SUSPENDED: frozenset({READMIT, TEARDOWN, CLEAN_UP}),
     READMIT: frozenset({TAKE_DISK, SUSPENDED, TEARDOWN, CLEAN_UP}),
-    TAKE_DISK: frozenset({BOOT, TEARDOWN, CLEAN_UP}),
+    TAKE_DISK: frozenset({BOOT, READMIT, TEARDOWN, CLEAN_UP}),
     TEARDOWN: frozenset({GONE}),
     CLEAN_UP: frozenset({FAILED}),
     GONE: frozenset(),

@@ -290,15 +290,24 @@ class FakeHost(FakeSnapshots):
         return True
 
     @verb
-    def resume(self, *, box: str, fence: int, image: str, disk_bytes: int, machine_id: str | None = None) -> str:
+    def resume(
+        self,
+        *,
+        box: str,
+        fence: int,
+        image: str,
+        disk_bytes: int,
+        machine_id: str | None = None,
+        snapshot: str | None = None,
+    ) -> str:
         self._fence(box, fence)
         if box in self.boxes:
             return self.boxes[box].slot
-        if box not in self.asleep:
+        lying = self.asleep.pop(box, None)
+        if lying is None and snapshot is None:
             raise HostRefused("unknown_box", f"no disk of {box}", host_id=self.host_id)
         self._slot += 1
-        machine = machine_id or self.asleep.pop(box).machine_id
-        self.asleep.pop(box, None)
+        machine = machine_id or (lying.machine_id if lying is not None else "")
         self.boxes[box] = Box(box, f"s{self._slot:04d}", fence, image, disk_bytes, machine_id=machine)
         return self.boxes[box].slot
 

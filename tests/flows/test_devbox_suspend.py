@@ -193,12 +193,14 @@ def test_a_disk_that_takes_long_to_write_is_waited_for(caller: Caller, fake: Fak
 def test_late_verbs_of_an_earlier_life_are_refused(caller: Caller, fake: FakeHost) -> None:
     """A worker that was stopped before its `suspend` goes on after the devbox was resumed."""
     devbox_id = created_running(caller)
-    fake.fail("suspend")
+    fake.unreachable = True
     suspend(devbox_id)
     work()
     stale = claim(devbox_id)
     assert stale.step == "suspend"
+    fake.unreachable = False
     lapse(devbox_id)
+    sleep_over(devbox_id)
     work()
     services.request_resume(devbox_id)
     work()
