@@ -15,7 +15,7 @@ from django.conf import settings
 
 from accounts.sealing import SealBroken
 from devboxes import clocks, launch, launch_logs, logs, saves, states, suspending
-from devboxes.flow_rows import MIB, DevboxRow, entering, fail, host_is_lost, host_lost, transition
+from devboxes.flow_rows import DISK_LEFT_MIN, MIB, DevboxRow, entering, fail, host_is_lost, host_lost, transition
 from devboxes.launch_logs import LAUNCH_HOLD_MS, LAUNCH_LOOK_SECONDS
 from devboxes.models import Devbox
 from devboxes.origins import origins
@@ -28,7 +28,6 @@ PIDS = 4096
 PLACE_AGAIN_SECONDS = 1.0
 ORIGIN_AGAIN_SECONDS = 0.3
 ORIGIN_TRIES = 4
-DISK_LEFT_MIN = 64 * MIB
 LAUNCH_SLICE = timedelta(seconds=3)
 SILENCE_LOOK_SECONDS = 5.0
 BEFORE_DESTROY = timedelta(seconds=60)

@@ -18,6 +18,8 @@ from hosts.client import HostClient, client_for
 from hosts.models import Host, HostState
 
 MIB: Final = 1 << 20
+DISK_LEFT_MIN: Final = 64 * MIB
+"""What a disk may grow by at the least, however much it was made of."""
 WHY_LIMIT: Final = 2000
 
 
@@ -65,7 +67,7 @@ class DevboxRow(Row):
     @property
     def disk_bytes(self) -> int:
         """What its disk may grow by: what it was made with counts."""
-        return self.disk_mb * MIB - self.source_bytes
+        return max(DISK_LEFT_MIN, self.disk_mb * MIB - self.source_bytes)
 
     @property
     def host(self) -> HostClient:

@@ -19,8 +19,8 @@ from api.errors import BadRequest, TooManyRequests, Unavailable
 from api.idempotency import body_digest, idempotent
 from api.ids import new_id
 from devboxes import clocks, extensions, launch, schemas, selectors, sizes, states
-from devboxes.devbox_flow import DISK_LEFT_MIN, devbox_flow
-from devboxes.flow_rows import MIB, entering, transition
+from devboxes.devbox_flow import devbox_flow
+from devboxes.flow_rows import DISK_LEFT_MIN, MIB, entering, transition
 from devboxes.models import Devbox
 from devboxes.origins import origins
 from flows.outcomes import DatabaseNow

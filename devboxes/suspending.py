@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from devboxes import launch, launch_logs, logs, saves, states
-from devboxes.flow_rows import MIB, DevboxRow, fail, host_is_lost, host_lost
+from devboxes.flow_rows import DISK_LEFT_MIN, MIB, DevboxRow, fail, host_is_lost, host_lost
 from devboxes.launch_logs import LAUNCH_HOLD_MS, LAUNCH_LOOK_SECONDS
 from flows.outcomes import DatabaseNow, Next, Outcome, Wait
 from hostd.messages import StateReply
@@ -33,12 +33,11 @@ QUIET_AGAIN_SECONDS: Final = 0.5
 SUSPEND_AGAIN_SECONDS: Final = 0.3
 ROOM_AGAIN_SECONDS: Final = 1.0
 SUSPENDED_LOOK_SECONDS: Final = 3600.0
-SAVE_AFTER_SECONDS: Final = 10.0
+SAVE_AFTER_SECONDS: Final = 5.0
 """One that is resumed at once is not worth a way to S3."""
 SAVE_LOOK_SECONDS: Final = 3.0
 SAVE_AGAIN_SECONDS: Final = 300.0
 FETCH_AGAIN_SECONDS: Final = 0.5
-DISK_LEFT_MIN: Final = 64 * MIB
 
 
 def run_hooks(row: DevboxRow) -> Outcome:

@@ -10,10 +10,11 @@ class SnapshotsConfig(AppConfig):
 
     def ready(self) -> None:
         """Answer for `snp_` ids, and say what devboxes may be made of."""
-        from devboxes import origins
+        from devboxes import origins, saves
         from hosts import registry
         from snapshots import holders, services, tasks  # noqa: F401
         from snapshots.origins import SnapshotOrigins
+        from snapshots.saves import SnapshotSaves
 
         registry.register(
             "snp",
@@ -26,3 +27,4 @@ class SnapshotsConfig(AppConfig):
             ),
         )
         origins.register(SnapshotOrigins())
+        saves.register(SnapshotSaves())

@@ -20,6 +20,11 @@ class DiskSnapshot(Durable):
 
     account = models.ForeignKey("accounts.Account", on_delete=models.PROTECT, related_name="+", db_index=False)
     devbox = models.ForeignKey("devboxes.Devbox", on_delete=models.PROTECT, related_name="snapshots")
+    own_turn = models.IntegerField(
+        null=True,
+        blank=True,
+        help_text="Set: not a user's, but what follows its suspended devbox to S3, in that sleep.",
+    )
     name = models.TextField(blank=True, default="")
     commit_message = models.TextField(blank=True, default="")
     metadata = models.JSONField(default=dict, blank=True)
@@ -62,6 +67,11 @@ class DiskSnapshot(Durable):
             GinIndex(fields=["metadata"], opclasses=["jsonb_path_ops"], name="snapshots_disksnapshot_meta"),
         ]
         constraints = [
+            models.UniqueConstraint(
+                fields=["devbox", "own_turn"],
+                condition=Q(own_turn__isnull=False, status__in=[states.IN_PROGRESS, states.COMPLETE]),
+                name="snapshots_disksnapshot_own_once",
+            ),
             models.CheckConstraint(condition=Q(step__in=list(states.STATUS)), name="snapshots_disksnapshot_step"),
             models.CheckConstraint(condition=Q(status__in=states.STATUSES), name="snapshots_disksnapshot_status"),
         ]

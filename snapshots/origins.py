@@ -33,7 +33,9 @@ class SnapshotOrigins:
     def access(self, caller: Caller, id: str) -> Origin:
         row = None
         if is_id("snp", id):
-            found = DiskSnapshot.objects.filter(pk=id).values_list("account_id", "public", *_FIELDS).first()
+            found = (
+                DiskSnapshot.objects.filter(pk=id, own_turn=None).values_list("account_id", "public", *_FIELDS).first()
+            )
             if found is not None and (found[0] == caller.account_id or (found[1] and found[3] == states.COMPLETE)):
                 row = found[2:]
         if row is None or row[1] == states.GONE:

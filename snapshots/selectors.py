@@ -23,7 +23,9 @@ _COLUMNS: Final = """
 s.id, s.account_id, s.status, s.name, s.metadata::text, (extract(epoch from s.created_at) * 1000)::bigint, s.devbox_id,
 s.commit_message, s.size_bytes, s.freeze_ms, s.error_message
 """
-_SHOWN: Final = f"s.status IN ('{states.COMPLETE}', '{states.IN_PROGRESS}')"
+_THEIRS: Final = "s.own_turn IS NULL"
+"""What is kept of a suspended devbox is no user's snapshot."""
+_SHOWN: Final = f"{_THEIRS} AND s.status IN ('{states.COMPLETE}', '{states.IN_PROGRESS}')"
 _PUBLIC: Final = f"s.public AND s.status = '{states.COMPLETE}'"
 
 
@@ -54,7 +56,7 @@ def access_snapshot(caller: Caller, snapshot_id: str) -> SnapshotView:
     row = None
     if is_id("snp", snapshot_id):
         row = fetch_one(
-            f"SELECT {_COLUMNS} FROM snapshots_disksnapshot s WHERE s.id = %s AND s.account_id = %s",
+            f"SELECT {_COLUMNS} FROM snapshots_disksnapshot s WHERE s.id = %s AND s.account_id = %s AND {_THEIRS}",
             [snapshot_id, caller.account_id],
         )
     if row is None:
@@ -67,7 +69,8 @@ def read_snapshot(caller: Caller, snapshot_id: str) -> SnapshotView:
     row = None
     if is_id("snp", snapshot_id):
         row = fetch_one(
-            f"SELECT {_COLUMNS} FROM snapshots_disksnapshot s WHERE s.id = %s AND (s.account_id = %s OR ({_PUBLIC}))",
+            f"SELECT {_COLUMNS} FROM snapshots_disksnapshot s "
+            f"WHERE s.id = %s AND {_THEIRS} AND (s.account_id = %s OR ({_PUBLIC}))",
             [snapshot_id, caller.account_id],
         )
     if row is None:

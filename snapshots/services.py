@@ -49,7 +49,7 @@ def take_snapshot(
         def create() -> str:
             use_running(caller, devbox_id, "snapshots are taken", "call")
             going_on = DiskSnapshot.objects.filter(
-                account_id=caller.account_id, completed_at__isnull=True, status=states.IN_PROGRESS
+                account_id=caller.account_id, completed_at__isnull=True, status=states.IN_PROGRESS, own_turn=None
             )
             if going_on.count() >= IN_PROGRESS_MAX:
                 raise TooManyRequests(f"{IN_PROGRESS_MAX} snapshots of this account are in progress", retry_after=5)
@@ -120,7 +120,7 @@ def delete_snapshot(caller: Caller, snapshot_id: str) -> None:
 def why_not_shut_down(devbox_id: str) -> str | None:
     """Why the devbox should not be shut down just now: a snapshot of it is in progress."""
     found = (
-        DiskSnapshot.objects.filter(devbox_id=devbox_id, status=states.IN_PROGRESS)
+        DiskSnapshot.objects.filter(devbox_id=devbox_id, status=states.IN_PROGRESS, own_turn=None)
         .order_by("id")
         .values_list("pk", flat=True)
         .first()

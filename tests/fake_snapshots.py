@@ -22,6 +22,7 @@ class FakeSnapshots:
     host_id: str
     image: str
     boxes: dict[str, Any]
+    asleep: dict[str, Any]
     _fence: Callable[[str, int], None]
 
     def __init__(self) -> None:
@@ -42,7 +43,7 @@ class FakeSnapshots:
     @verb
     def snapshot(self, *, box: str, snapshot: str, fence: int, base_bytes: int = 0) -> dict[str, Any]:
         self._fence(snapshot, fence)
-        if box not in self.boxes and snapshot not in self.snapshots:
+        if box not in self.boxes and box not in self.asleep and snapshot not in self.snapshots:
             raise HostRefused("unknown_box", f"no box {box}", host_id=self.host_id)
         if self.slow_takes > 0:
             self.slow_takes -= 1

@@ -203,6 +203,13 @@ def test_a_second_host_from_enrolment_to_retirement(berth: Berth, second: Second
     for box in (*kept_off, *asked):
         owner.shutdown(box)
 
+    # One falls asleep there, and its disk follows to S3.
+    sleeper = [box for box, place in zip(boxes, places, strict=True) if place == "second"][1]
+    digest = owner.run(sleeper, "head -c 3000000 /dev/urandom > ~/data; sha256sum ~/data /etc/machine-id")
+    owner.post(f"/v1/devboxes/{sleeper}/suspend")
+    until(lambda: owner.get(f"/v1/devboxes/{sleeper}")["disk_stored_time_ms"], 60, "its disk is in S3")
+    assert owner.get("/v1/devboxes/disk_snapshots")["snapshots"] == []
+
     # 3. It goes silent with work on it. Nobody is lied to, nothing hangs, and nothing new is placed there.
     theirs = next(box for box, place in zip(boxes, places, strict=True) if place == "second")
     there = begin(owner, theirs, COUNTING)
@@ -223,6 +230,11 @@ def test_a_second_host_from_enrolment_to_retirement(berth: Berth, second: Second
     time.sleep(max(0.0, SILENT_AFTER + 1 - (time.monotonic() - gone_at)))
     elsewhere = [small(owner) for _ in range(2)]
     assert [host_of(berth, box) for box in elsewhere] == ["local"] * 2
+    # What sleeps there wakes on the other host, byte for byte, and is the same machine to all that runs in it.
+    owner.post(f"/v1/devboxes/{sleeper}/resume")
+    owner.wait(sleeper, "running", within=60)
+    assert host_of(berth, sleeper) == "local"
+    assert owner.run(sleeper, "sha256sum ~/data /etc/machine-id") == digest
     until(lambda: watching.errors, 30, "the stream says that it was interrupted")
     assert watching.errors[0]["code"] in (408, "408", "request_timeout", "timeout"), watching.errors
     assert owner.run(mine, "echo well") == ("well\n", "", 0)
