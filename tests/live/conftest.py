@@ -248,6 +248,9 @@ def berth(live_folder: Path) -> Iterator[Berth]:
         BERTH_POOL_GB="12",
         BERTH_STATS_SECONDS="5",
         BERTH_BIND=f"127.0.0.1:{free_port()}",
+        # Not the usual ports: another installation of the machine may be about to take them.
+        BERTH_SSH_BIND=f"127.0.0.1:{free_port()}",
+        BERTH_SSH_TLS_BIND=f"127.0.0.1:{free_port()}",
         BERTH_FAULT_FILE=fault,
         BERTH_OUTPUT_CAP=str(64 << 20),
     )
