@@ -13,11 +13,12 @@ from collections.abc import Mapping
 #: Every queue, in the order in which a worker of all of them serves: a command waits for nobody's disk.
 QUEUES = ("executions", "devboxes", "hosts", "snapshots")
 
-#: Long-polls are requests in flight, so the limits are far above the defaults; idle ones cost no thread.
+#: Long-polls are requests in flight, so the limits are far above the defaults; idle ones cost no thread. Of headers a
+#: few bytes of HTTP/2 can make as many as are allowed, in each stream, before anybody is asked who they are.
 _WEB = (
     "python", "-m", "granian", "--interface", "asgi", "--http", "auto", "--loop", "uvloop",
     "--backlog", "16000", "--backpressure", "16000", "--http2-max-concurrent-streams", "1000",
-    "--respawn-failed-workers",
+    "--http2-max-headers-size", "262144", "--respawn-failed-workers",
     "--workers-kill-timeout", "10", "config.asgi:application",
 )  # fmt: skip
 

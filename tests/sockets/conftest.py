@@ -83,6 +83,7 @@ def start_granian(folder: pathlib.Path, redis_url: str, **environment: str) -> G
     env = process_environment(redis_url, SEEN=str(folder), **environment)
     argv = [sys.executable, "-m", "granian", "--interface", "asgi", "--http", "auto", "--loop", "uvloop"]
     argv += ["--workers", "1", "--host", "127.0.0.1", "--port", str(port), "--http2-max-concurrent-streams", "256"]
+    argv += ["--http2-max-headers-size", "262144"]
     with open(folder / "log", "ab") as log:
         process = subprocess.Popen(
             [*argv, "tests.sockets.app:application"],

@@ -84,3 +84,9 @@ def test_a_page_left_open_on_a_tunnel_that_has_gone_locks_nobody_out(served: Gra
         assert {client.get("/", headers=stale).status_code for _ in range(3 * GUESSES)} == {401}
         fresh = Devbox(served, key.account_id)
         assert client.get("/", headers={"host": fresh.host(port)}).status_code == 200
+
+
+def test_a_few_bytes_of_http2_do_not_become_megabytes_of_headers(served: Granian, key: Party) -> None:
+    with httpx.Client(base_url=served.url, http1=False, http2=True, timeout=20) as client:
+        assert client.get("/v1/accounts/me", headers=[("x", "a" * 3000)] * 20).status_code == 401
+        assert client.get("/v1/accounts/me", headers=[("x", "a" * 3000)] * 100).status_code == 431
