@@ -19,6 +19,7 @@ from accounts.caps import limits
 from api.errors import ApiError
 from api.threads import in_database
 from devboxes import selectors as devboxes
+from devboxes.selectors import ExecutionContext
 from devboxes.services import touch, use_running
 from hosts.client import HostRefused, HostUnreachable, async_client_for
 from hosts.running import STDERR, Running
@@ -172,10 +173,8 @@ class BoxSession(Channelled, asyncssh.SSHServerSession[bytes]):
         self._end(running)
 
     async def _started(self) -> Running:
-        access = self._access
-        context = await in_database(use_running, access.caller, access.devbox_id, "SSH reaches it", "ssh")
-        self.hold_place(access.caller.account_id, (await in_database(limits, access.caller.account_id)).open_streams)
-        environment = await in_database(devboxes.environment, access.devbox_id)
+        context, cap, environment = await in_database(_what_is_needed, self._access)
+        self.hold_place(context.account_id, cap)
         asked = {name.decode(): value.decode() for name, value in self._chan._env.items()} if self._chan else {}
         own = {"SSH_CONNECTION": self._peer, **({"TERM": self._terminal[0]} if self._terminal else {})}
         body = orjson.dumps({**self._what, "user": context.user, "env": {**own, **environment, **asked}})
@@ -208,6 +207,12 @@ class BoxSession(Channelled, asyncssh.SSHServerSession[bytes]):
         known = number in signals.valid_signals() and number < signals.SIGRTMIN
         name = signals.Signals(number).name.removeprefix("SIG") if known else f"{number}@berth"
         self._chan.exit_with_signal(name, running.core_dumped)
+
+
+def _what_is_needed(access: Access) -> tuple[ExecutionContext, int, dict[str, str]]:
+    """The running devbox, how many streams its account may have open, and its environment: one hop to a thread."""
+    context = use_running(access.caller, access.devbox_id, "SSH reaches it", "ssh")
+    return context, limits(context.account_id).open_streams, devboxes.environment(context.devbox_id)
 
 
 def _cells(cols: int, rows: int) -> tuple[int, int]:

@@ -49,7 +49,7 @@ MEASURES: dict[str, Measure] = {
     "large_files_mb_s": Measure(reaching.large_files_mb_s, 120),
     "terminals": Measure(reaching.terminals, 90),
     "tunnels": Measure(tunnelling.tunnels, 120),
-    "ssh_exec_ms": Measure(ssh_access.ssh_exec_ms, 90),
+    "ssh_exec_ms": Measure(ssh_access.ssh_exec_ms, 120),
     "idle_long_polls_mb": Measure(waiting.idle_long_polls_mb, 150),
     "open_executions_1000": Measure(commands.open_executions_1000, 180),
     "burst_50": Measure(creating.burst_50, 150),

@@ -21,7 +21,7 @@ QUIET = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
 
 def ssh_exec_ms(target: Target) -> Iterator[Figure]:
     """`ssh … true` over a connection that is open, and with one of its own; the baseline is a loopback sshd."""
-    count = 40 if target.quick else 150
+    count = 40 if target.quick else 80
     size = (32 if target.quick else 256) * MIB
     with tempfile.TemporaryDirectory() as name, target.boxes(1, cores=2) as (box,), loopback_ssh(target) as argv_of:
         folder = Path(name)

@@ -359,6 +359,6 @@ def _supervised(run: Run) -> None:
         # PostgreSQL refuses to start while processes of the one that was killed are still there, and is tried again.
         if pid not in run.striker.struck and name != "postgres":
             run.find(f"{name} (pid {pid}) ended by itself with {how}")
-    missing = {"web", "worker", "beat", "watcher"} - run.site.roles().keys()
+    missing = {"web", "worker", "beat", "watcher", "ssh"} - run.site.roles().keys()
     if missing:
         run.find(f"not running in the end: {', '.join(sorted(missing))}")
