@@ -47,6 +47,7 @@ NETWORK_NAMESPACE = 0x40000000
 BOX_NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x08000000 | 0x04000000 | 0x02000000
 """user, mount, pid, ipc, uts, cgroup: all that a box owns. Its network is the machine's: keepers are born in it."""
 
+PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_NAME = 15
 PR_CAPBSET_DROP = 24

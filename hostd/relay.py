@@ -100,9 +100,9 @@ class Relay:
 
     def _start_on_terminal(self, task: dict[str, Any]) -> int:
         self._master, slave = procs.open_terminal(*task["terminal"])
-        pid = os.fork()
+        me, pid = os.getpid(), os.fork()
         if pid == 0:
-            _become(task, slave, slave, slave)
+            _become(task, me, slave, slave, slave)
         os.close(slave)
         self._sources[self._master] = STDOUT
         self._stdin = self._master
@@ -116,9 +116,9 @@ class Relay:
                 fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             except OSError:
                 pass  # its user holds as much of pipes as a user may
-        pid = os.fork()
+        me, pid = os.getpid(), os.fork()
         if pid == 0:
-            _become(task, stdin, stdout, stderr)
+            _become(task, me, stdin, stdout, stderr)
         for end in (stdin, stdout, stderr):
             os.close(end)
         self._sources = {out: STDOUT, err: STDERR}
@@ -352,26 +352,40 @@ class Relay:
 
     def _signal(self, number: int) -> None:
         """To the foreground of its terminal, or to the program's own group. Its pid is its group's until we reap it."""
-        group = self.pid
+        group = 0
         if self._master >= 0:
             try:
                 (group,) = struct.unpack("i", fcntl.ioctl(self._master, termios.TIOCGPGRP, b"\0\0\0\0"))
             except OSError:
                 return
-        if group > 1 and 1 <= number <= 31:
+        if 1 <= number <= 31 and group > 1:
             procs.signal_group(group, number)
+        elif 1 <= number <= 31 and not group:
+            self._signal_own(number)
 
     def _hang_up(self) -> None:
         if self._pidfd >= 0:
-            procs.signal_group(self.pid, signals.SIGHUP)
-            procs.signal_group(self.pid, signals.SIGCONT)
+            for number in (signals.SIGHUP, signals.SIGCONT):
+                self._signal_own(number)
+
+    def _signal_own(self, number: int) -> None:
+        """To the program's group; to itself alone while it is too young to lead one."""
+        if not procs.signal_group(self.pid, number):
+            try:
+                os.kill(self.pid, number)
+            except OSError:
+                pass
 
 
-def _become(task: dict[str, Any], stdin: int, stdout: int, stderr: int) -> NoReturn:
+def _become(task: dict[str, Any], relay: int, stdin: int, stdout: int, stderr: int) -> NoReturn:
     """In the child: become the program. Never returns."""
     what, code = str(task["argv"][0]), 126
     try:
         os.setsid()
+        # Whoever kills the relay, the program must not go on unattended. It may be gone already.
+        procs.prctl(procs.PR_SET_PDEATHSIG, int(signals.SIGHUP))
+        if os.getppid() != relay:
+            os._exit(129)
         apart = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (stdin, stdout, stderr)]
         for number, end in enumerate(apart):
             os.dup2(end, number)

@@ -207,6 +207,22 @@ def test_a_client_that_leaves_hangs_the_program_up(box: Box, size: tuple[int, in
     assert left == b""
 
 
+def test_no_program_goes_on_unattended_however_early_its_client_leaves(box: Box) -> None:
+    mark = f"1001.{os.getpid()}"
+    for _ in range(60):
+        Run(box, f"exec sleep {mark}").leave()
+    spawner = box.spawner()
+    known = children(spawner)
+    run = Run(box, f"exec sleep {mark}")
+    (mine,) = children(spawner) - known
+    os.kill(mine, signal.SIGKILL)
+    run.leave()
+    deadline = time.monotonic() + 20
+    while (left := result(box, f"pgrep -fx 'sleep {mark}'")[1]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == b""
+
+
 def test_a_client_that_reads_nothing_stops_the_program_and_memory_stays(box: Box) -> None:
     spawner = box.spawner()
     known = children(spawner)
