@@ -48,7 +48,8 @@ def _fetch(wanted: str, log: Path) -> None:
             shutil.copy(LOCKED / file, folder)
         # No script of a package runs, and each one's checksum is compared.
         argv = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--cache", str(folder / "cache")]
-        argv += ["--fetch-retries", "0", "--fetch-timeout", "30000"]  # a machine without a network shall start
+        # A machine without a network shall start all the same, and soon; a hiccup of one that has it is got over.
+        argv += ["--fetch-retries", "2", "--fetch-retry-mintimeout", "1000", "--fetch-retry-maxtimeout", "5000"]
         with open(log, "ab") as out:
             try:
                 done = subprocess.run(
