@@ -192,9 +192,11 @@ def test_one_connection_and_one_process_serve_many_requests(box: Box, home: path
             before = before or movers(box)
         assert movers(box) == before, "the same process all the time"
         asked(client, box, home, "write", ".")
-        client.sock.sendall(framed(b"x"))
+        with contextlib.suppress(BrokenPipeError):  # it may have hung up already
+            client.sock.sendall(framed(b"x"))
         assert client.line()["error"]["code"] == "not_a_file"
-        assert client.file.read() == b"", "what still comes is no request"
+        with contextlib.suppress(ConnectionResetError):
+            assert client.file.read() == b"", "what still comes is no request"
     assert not held(box)
 
 
