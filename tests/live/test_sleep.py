@@ -92,8 +92,9 @@ def test_all_that_goes_on_in_it_ends_with_the_reason(berth, no_orphans) -> None:
         until(client, b"in the terminal")
         suspended(berth, box)
         with pytest.raises(ConnectionClosed) as closed:
+            # Beyond the 20 s after which a client asks whether anybody is there.
             while True:
-                client.recv(timeout=20)
+                client.recv(timeout=60)
     assert closed.value.rcvd is not None and closed.value.rcvd.code == 4000
     following.join(30)
     assert not following.is_alive() and not any(line.startswith("event: error") for line in told)
