@@ -105,7 +105,7 @@ class TerminalConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]  # channel
                 await self._sent(len(data))
         except HostUnreachable:
             # A box is ended together with who would say so.
-            return AWAY if await in_database(is_running, self._devbox_id) else CODES["box"]
+            return AWAY if await in_database(is_running, self._context.devbox_id) else CODES["box"]
         return CODES.get(self._place.reason or "", AWAY)
 
     async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
