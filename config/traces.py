@@ -8,6 +8,7 @@ one that runs beside is never taken for it.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import pwd
@@ -126,8 +127,9 @@ def sysctls() -> dict[str, str]:
     values = {}
     root = Path("/proc/sys")
     for pattern in _SYSCTLS:
-        for path in root.glob(pattern):
-            name = str(path.relative_to(root))
+        # An interface may go while its folder is listed, which `glob` bears and `Path.glob` does not.
+        for name in glob.glob(pattern, root_dir=root):  # noqa: PTH207
+            path = root / name
             if any(part in name for part in _ALWAYS_MOVING) or not path.is_file():
                 continue
             with contextlib.suppress(OSError):
