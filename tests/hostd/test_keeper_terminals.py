@@ -67,7 +67,7 @@ def gone(client: Client) -> tuple[bytes, dict[str, Any]]:
 def test_a_shell_of_the_user_on_a_terminal(box: Box) -> None:
     assert ask(box, "one", "open") == {"ok": True, "created": True, "attached": False, "cols": 80, "rows": 24}
     with attach(box, "one") as client:
-        assert client.line() == {"ok": True, "offset": 0, "cols": 80, "rows": 24}
+        assert client.line() == {"ok": True, "offset": 0, "end": 0, "cols": 80, "rows": 24}
         say(client, b"tty; id -u; pwd; stty size; shopt -q login_shell && echo LOGIN; echo do''ne\n")
         seen = until(client, b"done\r\n").decode()
         assert re.search(r"/dev/pts/\d+\r\n1000\r\n/tmp\r\n24 80\r\nLOGIN", seen), seen

@@ -7,6 +7,7 @@ import os
 import pwd
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -83,7 +84,9 @@ class Second:
 
 @pytest.fixture
 def second(berth: Berth, live_folder: Path) -> Iterator[Second]:
-    made = Second(berth, live_folder / "second")
+    folder = Path(tempfile.mkdtemp(prefix="second-", dir=live_folder))  # others of this session had one of their own
+    folder.chmod(0o755)
+    made = Second(berth, folder)
     made.sshd.start()
     try:
         yield made
